@@ -1,0 +1,212 @@
+"""The user's data: batches in, a quality out. The only room that knows what a batch looks like."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shohin.errors import DataError
+
+Runner = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One batch as a call of the model: positional and keyword arguments, and the batch it came from."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    target: Any
+    batch: Any
+
+    @property
+    def size(self) -> int:
+        """Number of samples: the first dimension of the first tensor."""
+        return int(_first_tensor((self.args, self.kwargs)).shape[0])
+
+
+class Data:
+    """What a job may look at.
+
+    Args:
+        train: iterable of batches for calibration, saliency and training; iterated anew each epoch. A batch is a tensor
+            ``x``, a pair ``(x, y)``, or a dict of keyword arguments (``labels`` is the target and is passed on only if
+            the model's forward accepts it).
+        validation: like ``train``; optimized against. Defaults to ``train`` (a warning is journaled).
+        test: like ``train``; used once, for the report, never to choose.
+        metric: ``metric(run) -> float`` where ``run`` has the model's signature; called for each candidate.
+            Default: top-1 accuracy over ``validation``, which needs integer targets.
+        loss: ``loss(outputs, batch) -> scalar Tensor``. Default: cross-entropy of the first output with integer targets, or
+            ``outputs.loss``.
+        example: the model's positional arguments, a tuple. Default: those of the first batch of train or validation.
+        lower_is_better: the direction of the metric.
+        device: where tensors are moved to.
+
+    Raises:
+        DataError: if nothing is given at all.
+    """
+
+    def __init__(
+        self,
+        train: Iterable[Any] | None = None,
+        validation: Iterable[Any] | None = None,
+        *,
+        test: Iterable[Any] | None = None,
+        metric: Callable[[Runner], float] | None = None,
+        loss: Callable[[Any, Any], Tensor] | None = None,
+        example: tuple[Any, ...] | Tensor | None = None,
+        lower_is_better: bool = False,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        if train is None and validation is None and example is None:
+            raise DataError("Data needs batches or an example: Data(train=loader, validation=loader2) or Data(example=(x,))")
+        self.train, self.validation, self.test = train, validation, test
+        self.metric, self.loss = metric, loss
+        self.lower_is_better, self.device = lower_is_better, torch.device(device)
+        self._example = (example,) if isinstance(example, Tensor) else example
+
+    @property
+    def has_batches(self) -> bool:
+        """True if there is anything to calibrate on."""
+        return self.train is not None or self.validation is not None
+
+    def example(self) -> Call:
+        """The call used to capture the model.
+
+        Raises:
+            DataError: if the loader it would come from is empty.
+        """
+        if self._example is not None:
+            return Call(self._move(tuple(self._example)), {}, None, self._example)
+        return next(self.calls("train" if self.train is not None else "validation"))
+
+    def calls(self, split: str, limit: int | None = None) -> Iterator[Call]:
+        """The batches of a split as calls, at most ``limit`` samples in whole batches.
+
+        Raises:
+            DataError: if the split is missing or empty, or a batch has a form that is not known.
+        """
+        batches = {"train": self.train, "validation": self.validation, "test": self.test}[split]
+        if batches is None and split == "validation":
+            batches = self.train
+        if batches is None and split == "train":
+            batches = self.validation
+        if batches is None:
+            raise DataError(f"Data has no {split} batches; give Data({split}=loader)")
+        seen = 0
+        for batch in batches:
+            call = self.call(batch)
+            yield call
+            seen += call.size
+            if limit is not None and seen >= limit:
+                return
+        if not seen:
+            raise DataError(
+                f"the {split} loader is empty: iterating it gave no batch (an iterator is used up after one pass; give a list or a DataLoader)"
+            )
+
+    def call(self, batch: Any) -> Call:
+        """One batch as a call. Raises DataError for a form that is not known."""
+        batch = self._move(batch)
+        if isinstance(batch, Tensor):
+            return Call((batch,), {}, None, batch)
+        if isinstance(batch, Mapping):
+            return Call((), {k: v for k, v in batch.items() if k != "labels"}, batch.get("labels"), batch)
+        if isinstance(batch, (tuple, list)) and len(batch) in (1, 2):
+            target = batch[1] if len(batch) == 2 else None
+            inputs = batch[0]
+            return Call(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {}, target, batch)
+        raise DataError(
+            f"a batch must be x, (x, y) or a dict of keyword arguments; got {type(batch).__name__}"
+            + (f" of length {len(batch)}" if hasattr(batch, "__len__") else "")
+        )
+
+    def _move(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(self.device)
+        if isinstance(value, Mapping):
+            return {k: self._move(v) for k, v in value.items()}
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._move(v) for v in value) if type(value) in (tuple, list) else value
+        return value
+
+    def batch_loss(self, outputs: Any, call: Call) -> Tensor:
+        """The user's loss, or the default. Raises DataError if there is neither, or it is not a finite scalar."""
+        if self.loss is not None:
+            value = self.loss(outputs, call.batch)
+        elif getattr(outputs, "loss", None) is not None:
+            value = outputs.loss
+        elif call.target is not None and not call.target.is_floating_point():
+            value = F.cross_entropy(first_output(outputs), call.target)
+        else:
+            raise DataError("no loss: the batches have no integer targets; give Data(loss=(outputs, batch) -> Tensor)")
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise DataError(f"the loss must be a scalar tensor; got {getattr(value, 'shape', type(value).__name__)}")
+        return value
+
+    @property
+    def has_labels(self) -> bool:
+        """True if a loss with respect to the task can be computed."""
+        if self.loss is not None:
+            return True
+        if not self.has_batches:
+            return False
+        call = next(self.calls("train" if self.train is not None else "validation"))
+        return call.target is not None and isinstance(call.target, Tensor) and not call.target.is_floating_point()
+
+    def quality(self, run: Runner, split: str = "validation") -> float:
+        """The metric of ``run`` (anything with the model's signature).
+
+        A user's metric is about validation by definition; for another split the default accuracy is computed.
+
+        Raises:
+            DataError: if no metric can be computed or it is not a finite number.
+        """
+        if self.metric is not None and split == "validation":
+            with torch.no_grad():
+                value = float(self.metric(run))
+        else:
+            value = self._accuracy(run, split)
+        if not math.isfinite(value):
+            raise DataError(f"the metric returned {value}; it must be a finite number")
+        return value
+
+    def _accuracy(self, run: Runner, split: str) -> float:
+        right = total = 0
+        with torch.no_grad():
+            for call in self.calls(split):
+                if call.target is None or call.target.is_floating_point():
+                    raise DataError("the default metric is accuracy and needs integer targets; give Data(metric=(run) -> float)")
+                predicted = first_output(run(*call.args, **call.kwargs)).argmax(-1)
+                right += int((predicted == call.target).sum())
+                total += call.target.numel()
+        return right / total
+
+
+def first_output(outputs: Any) -> Tensor:
+    """The first tensor of a model's outputs (the logits, by convention)."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    if getattr(outputs, "logits", None) is not None:
+        logits: Tensor = outputs.logits
+        return logits
+    return _first_tensor(outputs)
+
+
+def _first_tensor(value: Any) -> Tensor:
+    stack = [value]
+    while stack:
+        item = stack.pop(0)
+        if isinstance(item, Tensor):
+            return item
+        if isinstance(item, Mapping):
+            stack = [*item.values(), *stack]
+        elif isinstance(item, (tuple, list)):
+            stack = [*item, *stack]
+    raise DataError(f"expected a tensor, found none in {type(value).__name__}")

@@ -1,0 +1,129 @@
+"""What can be chosen in a program: unit groups, regions, sites, costs, and what is frozen and why. Read-only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from shohin.graph.costs import Operator
+from shohin.graph.labels.context import Frozen, Parameter, propagate
+from shohin.graph.labels.core import Array, Labels, compress
+from shohin.graph.operators import Extents, macs_of, operators
+from shohin.graph.regions import Region, find_regions
+from shohin.graph.units import Structure, UnitGroup, find_groups
+from shohin.plan import Plan
+from shohin.program import Program
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """The choices of one program.
+
+    Args:
+        program: what was captured.
+        labels: operation node name -> settled labels of its tensor (tuples of labels for operators with several results).
+        planes: tensor name -> settled label planes.
+        label_count: labels are below this number.
+        groups: width decisions.
+        regions: what can be skipped.
+        costs: operations that cost time.
+        frozen: what cannot be chosen, and why.
+    """
+
+    program: Program
+    labels: Mapping[str, Labels | tuple[Labels, ...]]
+    planes: Mapping[str, tuple[Array, ...]]
+    label_count: int
+    groups: tuple[UnitGroup, ...]
+    regions: tuple[Region, ...]
+    costs: tuple[Operator, ...]
+    frozen: tuple[Frozen, ...]
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Group name -> number of units."""
+        return {g.name: g.size for g in self.groups}
+
+    def group(self, name: str) -> UnitGroup:
+        """The group of that name. Raises KeyError."""
+        return next(g for g in self.groups if g.name == name)
+
+    def region(self, name: str) -> Region:
+        """The region of that name. Raises KeyError."""
+        return next(r for r in self.regions if r.name == name)
+
+    def kept(self, plan: Plan) -> dict[str, int]:
+        """Group name -> number of units that the plan keeps."""
+        return {**self.sizes, **{name: len(units) for name, units in plan.widths.items()}}
+
+    def gone(self, plan: Plan) -> np.ndarray:
+        """Boolean over labels: removed by the plan's widths. A link's parent goes when all of its children do."""
+        gone = np.zeros(self.label_count, bool)
+        for name, units in plan.widths.items():
+            group = self.group(name)
+            keep = set(units)
+            for i, classes in enumerate(group.units):
+                if i not in keep:
+                    gone[classes] = True
+        return gone
+
+    def macs(self, plan: Plan | None = None) -> float:
+        """Multiply-accumulates of one sample, with the plan applied."""
+        plan = plan or Plan(self.program.fingerprint)
+        return macs_of(self.costs, self.kept(plan), frozenset(plan.skips))
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Addresses at which a format can be chosen: the operations that contract with a weight."""
+        return tuple(op.address for op in self.costs if op.macs and op.weights)
+
+    def __repr__(self) -> str:
+        return f"Graph({len(self.groups)} groups, {len(self.regions)} regions, {len(self.costs)} operations, {len(self.frozen)} frozen)"
+
+
+def understand_program(program: Program) -> Graph:
+    """Labels by execution, then groups, regions and costs (DESIGN section 5)."""
+    context = propagate(program)
+    find = context.classes.find
+
+    def settled(value: Labels) -> Labels:
+        return compress(find(value.data), value.shape)
+
+    labels: dict[str, Labels | tuple[Labels, ...]] = {}
+    for node, value in context.values.items():
+        if isinstance(value, Labels):
+            labels[node.name] = settled(value)
+        elif isinstance(value, (tuple, list)) and value and all(isinstance(v, Labels) for v in value):
+            labels[node.name] = tuple(settled(v) for v in value)
+    planes = {name: tuple(_settle_planes(p, find)) for name, p in context.parameters.items()}
+    flat = [one for v in labels.values() for one in (v if isinstance(v, tuple) else (v,))]
+    structure = Structure([*(v.data for v in flat), *(a for arrays in planes.values() for a in arrays)], context.classes.links)
+    normalized = {int(v) for a in context.normalized for v in np.unique(find(a)) if v}
+    order = [n for n in program.names.values() if n in planes]
+    sizes = {n: program.tensors[n].numel() for n in planes}
+    distinct = {n: planes[n] for n in dict.fromkeys(order) if context.parameters[n].name == n}
+    groups = find_groups(distinct, structure, normalized, sizes)
+    count = len(find(np.zeros(1, np.int64))) and int(context.classes.fresh(1)[0])
+    single = {name: v for name, v in labels.items() if isinstance(v, Labels)}
+    regions = find_regions(program, single)
+    frozen = tuple(dict.fromkeys(note for note, _ in context.frozen))
+    graph = Graph(program, labels, planes, count, tuple(groups), tuple(regions), (), frozen)
+    return _with_costs(graph, single)
+
+
+def _with_costs(graph: Graph, labels: Mapping[str, Labels]) -> Graph:
+    extents = Extents(graph.groups, graph.label_count)
+    costs = operators(graph.program, labels, graph.planes, extents, graph.regions)
+    return Graph(graph.program, graph.labels, graph.planes, graph.label_count, graph.groups, graph.regions, tuple(costs), graph.frozen)
+
+
+def _settle_planes(parameter: Parameter, find: object) -> list[Array]:
+    out = []
+    for plane in parameter.planes:
+        data = compress(find(plane), parameter.shape).data  # type: ignore[operator]
+        if any(n > 1 for n in data.shape):
+            out.append(data)
+    return out or [np.zeros((1,) * len(parameter.shape), np.int64)]

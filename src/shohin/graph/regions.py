@@ -1,0 +1,141 @@
+"""Regions: sub-graphs with one input and one output of equal shape that can be skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import fx
+
+from shohin.graph.labels.core import Labels
+from shohin.program import Program, family
+
+CONTRACTIONS = frozenset(["conv1d", "conv2d", "conv3d", "linear", "matmul", "bmm", "mm", "scaled_dot_product_attention", "conv_transpose1d", "conv_transpose2d"])
+PASSING = frozenset(["add", "add_", "relu", "dropout", "clone", "contiguous", "detach", "alias", "relu6", "hardtanh", "gelu", "silu"])
+
+
+@dataclass(frozen=True)
+class Region:
+    """A sub-graph that can be skipped: its input then goes to its consumers.
+
+    Args:
+        name: module path, or the address of the addition that closes it.
+        input, output: node names.
+        nodes: names of the operations inside, the output included.
+        module: path of the module whose call is exactly this region, or None.
+        residual: True if the input reaches the output past all contractions (a skip connection).
+    """
+
+    name: str
+    input: str
+    output: str
+    nodes: frozenset[str]
+    module: str | None
+    residual: bool
+
+
+def find_regions(program: Program, labels: Mapping[str, Labels]) -> list[Region]:
+    """The smallest residual regions, in program order. No node outside may read the inside, or feed it but for the input."""
+    found: list[Region] = []
+    for region in [*_module_regions(program, labels), *_addition_regions(program, labels)]:
+        if region.residual and not any(_same_work(program, region.nodes, other.nodes) for other in found):
+            found.append(region)
+    smallest = [r for r in found if not any(o.nodes < r.nodes for o in found)]
+    order = {n.name: i for i, n in enumerate(program.graph.nodes)}
+    return sorted(smallest, key=lambda r: order[r.output])
+
+
+def _module_regions(program: Program, labels: Mapping[str, Labels]) -> list[Region]:
+    paths: dict[str, list[fx.Node]] = {}
+    for node in program.graph.nodes:
+        if node.op == "call_function":
+            parts = program.origins[node.name].module.split(".")
+            for depth in range(1, len(parts) + 1):
+                path = ".".join(parts[:depth])
+                if path:
+                    paths.setdefault(path, []).append(node)
+    regions = []
+    for path, nodes in paths.items():
+        region = _region(program, labels, path, nodes, module=path)
+        if region:
+            regions.append(region)
+    return regions
+
+
+def _addition_regions(program: Program, labels: Mapping[str, Labels]) -> list[Region]:
+    regions = []
+    for node in program.graph.nodes:
+        if node.op != "call_function" or family(node) != "add" or not all(isinstance(a, fx.Node) for a in node.args[:2]):
+            continue
+        for start, branch in ((node.args[0], node.args[1]), (node.args[1], node.args[0])):
+            inside = _between(start, branch)
+            if inside:
+                region = _region(program, labels, program.origins[node.name].address, [*inside, node], module=None)
+                if region and region.input == start.name:
+                    regions.append(region)
+                    break
+    return regions
+
+
+def _between(start: fx.Node, end: fx.Node) -> list[fx.Node]:
+    """Operations on paths from ``start`` (excluded) to ``end``; empty if there is none."""
+    backward, stack = set(), [end]
+    while stack:
+        n = stack.pop()
+        if n in backward or n is start or n.op != "call_function":
+            continue
+        backward.add(n)
+        stack.extend(n.all_input_nodes)
+    forward, stack = set(), [start]
+    while stack:
+        n = stack.pop()
+        for user in n.users:
+            if user in backward and user not in forward:
+                forward.add(user)
+                stack.append(user)
+    return list(forward) if end in forward else []
+
+
+def _region(program: Program, labels: Mapping[str, Labels], name: str, nodes: list[fx.Node], module: str | None) -> Region | None:
+    inside = set(nodes)
+    if not any(family(n) in CONTRACTIONS for n in inside):
+        return None
+    entries = {
+        i for n in inside for i in n.all_input_nodes if i not in inside and i.name not in program.names and family_or_none(i) != "sym_size"
+    }
+    exits = {n for n in inside if any(u not in inside and family_or_none(u) != "sym_size" for u in n.users)}
+    if len(entries) != 1 or len(exits) != 1:
+        return None
+    entry, output = entries.pop(), exits.pop()
+    a, b = labels.get(entry.name), labels.get(output.name)
+    if a is None or b is None or a.shape != b.shape or a.data.shape != b.data.shape or (a.data != b.data).any():
+        return None
+    return Region(name, entry.name, output.name, frozenset(n.name for n in inside), module, _passes(entry, output, inside))
+
+
+def family_or_none(node: fx.Node) -> str:
+    """The family of an operation, or "" for placeholders and the output."""
+    return family(node) if node.op == "call_function" else ""
+
+
+def _passes(entry: fx.Node, output: fx.Node, inside: set[fx.Node]) -> bool:
+    seen, stack = set(), [entry]
+    while stack:
+        n = stack.pop()
+        if n is output:
+            return True
+        for user in n.users:
+            if user in inside and user not in seen and family(user) in PASSING:
+                seen.add(user)
+                stack.append(user)
+    return False
+
+
+def _same_work(program: Program, a: frozenset[str], b: frozenset[str]) -> bool:
+    work = [frozenset(n for n in nodes if _is_work(program, n)) for nodes in (a, b)]
+    return work[0] == work[1]
+
+
+def _is_work(program: Program, name: str) -> bool:
+    address = program.origins[name].address.rsplit("/", 1)[-1]
+    return address.rsplit(".", 1)[0] in CONTRACTIONS

@@ -1,0 +1,134 @@
+"""A plan: every choice that makes a small model out of a large one, as one frozen JSON value.
+
+Choices are keyed by address, so that a plan survives cutting, recapture and torch versions:
+widths (unit group -> kept units), skips (regions), formats (operation -> format name).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from shohin.errors import PlanError
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All choices for one model.
+
+    Args:
+        fingerprint: of the program that the plan was made for; another model is refused.
+        widths: unit group name -> ascending indices of the units that stay. A group that is absent keeps all units.
+        skips: names of the regions that are skipped (their input goes to their consumers).
+        formats: operation address -> format name ("int8"); an operation that is absent stays float32.
+    """
+
+    fingerprint: str
+    widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    skips: tuple[str, ...] = ()
+    formats: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        widths = {}
+        for name, kept in sorted(self.widths.items()):
+            units = tuple(int(i) for i in kept)
+            if not units or list(units) != sorted(set(units)) or units[0] < 0:
+                raise PlanError(f"group {name!r}: kept units must be ascending, distinct, not negative and at least one; got {units[:8]}")
+            widths[name] = units
+        object.__setattr__(self, "widths", MappingProxyType(widths))
+        object.__setattr__(self, "skips", tuple(sorted(set(self.skips))))
+        object.__setattr__(self, "formats", MappingProxyType(dict(sorted(self.formats.items()))))
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self.to_json() == other.to_json()
+
+    @property
+    def digest(self) -> str:
+        """A short hash of the whole plan, the same on every machine."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def is_identity(self) -> bool:
+        """True if the plan changes nothing."""
+        return not (self.widths or self.skips or self.formats)
+
+    def then(self, later: Plan) -> Plan:
+        """This plan followed by ``later``, whose widths index the units that this plan left.
+
+        Raises:
+            PlanError: if ``later`` keeps a unit that this plan did not leave.
+        """
+        widths = dict(self.widths)
+        for name, kept in later.widths.items():
+            if name not in widths:
+                widths[name] = kept
+                continue
+            left = widths[name]
+            if kept[-1] >= len(left):
+                raise PlanError(f"group {name!r}: the later plan keeps unit {kept[-1]}, but the earlier plan left only {len(left)}")
+            widths[name] = tuple(left[i] for i in kept)
+        return Plan(self.fingerprint, widths, (*self.skips, *later.skips), {**self.formats, **later.formats})
+
+    def merge(self, other: Plan) -> Plan:
+        """Both plans at once; they must be for the same model and choose at different sites.
+
+        Raises:
+            PlanError: if the fingerprints differ or a site is chosen twice, differently.
+        """
+        if self.fingerprint != other.fingerprint:
+            raise PlanError("plans for different models cannot be merged; use then() for a plan of the cut model")
+        for kind in ("widths", "formats"):
+            mine, theirs = getattr(self, kind), getattr(other, kind)
+            clash = sorted(k for k in mine.keys() & theirs.keys() if mine[k] != theirs[k])
+            if clash:
+                raise PlanError(f"both plans choose {kind} at {clash[0]!r}, differently")
+        return Plan(self.fingerprint, {**self.widths, **other.widths}, (*self.skips, *other.skips), {**self.formats, **other.formats})
+
+    def check(self, fingerprint: str, groups: Mapping[str, int], regions: Iterable[str]) -> None:
+        """Raises PlanError if the plan is for another model or names groups, units or regions that do not exist."""
+        if self.fingerprint != fingerprint:
+            raise PlanError(
+                f"the plan was made for another model (plan {self.fingerprint[:12]}, model {fingerprint[:12]}): "
+                "structure, parameter names or shapes differ"
+            )
+        for name, kept in self.widths.items():
+            if name not in groups:
+                raise PlanError(f"the plan names a unit group {name!r} that the model does not have; groups: {', '.join(list(groups)[:8])}")
+            if kept[-1] >= groups[name]:
+                raise PlanError(f"the plan keeps unit {kept[-1]} of group {name!r}, which has {groups[name]} units")
+        for name in set(self.skips) - set(regions):
+            raise PlanError(f"the plan skips a region {name!r} that the model does not have")
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dictionary."""
+        return {
+            "version": VERSION,
+            "fingerprint": self.fingerprint,
+            "widths": {k: list(v) for k, v in self.widths.items()},
+            "skips": list(self.skips),
+            "formats": dict(self.formats),
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Plan:
+        """The inverse of `to_json`. Raises PlanError on an unknown version or missing fields."""
+        if data.get("version") != VERSION:
+            raise PlanError(f"plan version {data.get('version')!r} is not supported (this Shohin reads version {VERSION})")
+        try:
+            return Plan(
+                str(data["fingerprint"]),
+                {str(k): tuple(v) for k, v in data["widths"].items()},
+                tuple(data["skips"]),
+                dict(data["formats"]),
+            )
+        except (KeyError, AttributeError, TypeError) as error:
+            raise PlanError(f"the plan's JSON is damaged: {error!r}") from None

@@ -1,0 +1,152 @@
+"""A program as a module: the graph compiled to Python once, its tensors registered under the model's own names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from shohin.program.program import Program
+
+
+class _Specs:
+    """Pytree specs; shared by copies."""
+
+    def __init__(self, inputs: Any, outputs: Any) -> None:
+        self.inputs, self.outputs = inputs, outputs
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Specs:
+        return self
+
+
+class ProgramModule(nn.Module):
+    """Runs a graph with the user's signature.
+
+    ``state_dict`` has the names of the original model. ``train()`` switches batch normalization and dropout as in the
+    original, by rewriting their training arguments (`ExportedProgram.module()` cannot).
+
+    Args:
+        program: gives names and specs.
+        graph: the graph to run; the program's own by default.
+        tensors: values by qualified name; the program's own by default. Parameters stay parameters.
+        taps: names of operation nodes whose values are returned too: the output becomes ``(*flat outputs, *taps)``.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        graph: fx.Graph | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
+        taps: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__()
+        self._specs = _Specs(program.in_spec, program.out_spec)
+        self._tapped = bool(taps)
+        values = {**program.tensors, **(tensors or {})}
+        source = graph if graph is not None else program.graph
+        used = {node.name for node in source.nodes if node.op == "placeholder"}
+        for node_name, name in program.names.items():
+            if node_name in used:
+                self._register(name, values[name], name in program.trainable)
+        self._functions = {mode: _compile(source, program.names, taps, training=mode) for mode in (False, True)}
+        self.train(False)
+
+    def _register(self, name: str, value: Tensor, trainable: bool) -> None:
+        owner: nn.Module = self
+        *path, leaf = name.split(".")
+        for part in path:
+            if part not in owner._modules:
+                owner.add_module(part, nn.Module())
+            child = owner._modules[part]
+            if child is None:
+                return
+            owner = child
+        if leaf in owner._parameters or leaf in owner._buffers:
+            return
+        if trainable:
+            owner.register_parameter(leaf, value if isinstance(value, nn.Parameter) else nn.Parameter(value))
+        else:
+            owner.register_buffer(leaf, value)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The outputs of the model, in the model's own structure (or flat, with taps)."""
+        flat, _ = pytree.tree_flatten((args, kwargs))
+        outputs = self._functions[self.training](self, *flat)
+        return tuple(outputs) if self._tapped else pytree.tree_unflatten(list(outputs), self._specs.outputs)
+
+
+def _compile(graph: fx.Graph, names: Mapping[str, str], taps: tuple[str, ...], *, training: bool) -> Callable[..., Any]:
+    """The graph as a Python function ``f(module, *flat inputs)``."""
+    copy = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder" and node.name in names:
+            mapping[node] = copy.create_node("get_attr", names[node.name], name=node.name)
+        elif node.op == "output":
+            outputs = [mapping[n] if isinstance(n, fx.Node) else n for n in node.args[0]]
+            by_name = {old.name: new for old, new in mapping.items()}
+            copy.output(tuple(outputs) + tuple(by_name[t] for t in taps))
+        else:
+            mapping[node] = copy.node_copy(node, lambda n: mapping[n])
+            if training:
+                _set_training(mapping[node])
+    code = copy.python_code("self")
+    space: dict[str, Any] = {"torch": torch, "device": torch.device, **code.globals}
+    exec(compile(code.src, "<shohin program>", "exec"), space)
+    function: Callable[..., Any] = space["forward"]
+    return function
+
+
+def _set_training(node: fx.Node) -> None:
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return
+    position = {
+        "aten::batch_norm": 5,
+        "aten::dropout": 2,
+        "aten::feature_dropout": 2,
+        "aten::alpha_dropout": 2,
+        "aten::instance_norm": 5,
+    }.get(schema.name)
+    if position is not None and node.args[position] is False:
+        args = list(node.args)
+        args[position] = True
+        node.args = tuple(args)
+
+
+def interpret(
+    program: Program,
+    graph: fx.Graph,
+    tensors: Mapping[str, Tensor],
+    inputs: tuple[Any, ...],
+    visit: Callable[[fx.Node, Any, tuple[Any, ...]], Any],
+) -> Any:
+    """Runs the graph node by node; ``visit(node, value, args)`` may replace each operation's value.
+
+    Args:
+        inputs: flattened.
+        visit: gets the node, its value and its evaluated arguments; returns the value to go on with.
+
+    Returns:
+        The flat outputs.
+    """
+    values: dict[fx.Node, Any] = {}
+    remaining = {node: len(node.users) for node in graph.nodes}
+    given = dict(zip(program.inputs, inputs, strict=True))
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            values[node] = tensors[program.names[node.name]] if node.name in program.names else given[node.name]
+        elif node.op == "output":
+            return fx.map_arg(node.args[0], lambda n: values[n])
+        else:
+            args = fx.map_arg(node.args, lambda n: values[n])
+            kwargs = fx.map_arg(node.kwargs, lambda n: values[n])
+            values[node] = visit(node, node.target(*args, **kwargs), args)  # type: ignore[operator]
+            for used in node.all_input_nodes:
+                remaining[used] -= 1
+                if not remaining[used]:
+                    del values[used]
+    return None

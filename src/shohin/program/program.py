@@ -1,0 +1,99 @@
+"""A program: the exported graph of a model, its tensors by qualified name, and where each operation came from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from shohin.program.provenance import Source
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an operation comes from.
+
+    Args:
+        address: ``module path/family.ordinal``.
+        module: path of the module whose forward runs it.
+        line: the user's source line ("model.py:12 in forward: x = x.view(...)"), or "".
+    """
+
+    address: str
+    module: str
+    line: str
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """The exported graph of a model.
+
+    Args:
+        graph: placeholders (parameters, buffers and constants, then inputs), operations, output. Every operation is functional.
+        names: placeholder node name -> qualified tensor name, for tensors that the model owns.
+        tensors: qualified name -> the model's own tensor (never a copy).
+        trainable: names that are parameters (the rest are buffers or constants).
+        inputs: input placeholder node names, in flattened order.
+        in_spec, out_spec: pytree specs of ``(args, kwargs)`` and of the outputs.
+        example: flattened example inputs, batch >= 2.
+        origins: operation node name -> `Origin`.
+        sources: (node name, flattened argument position) -> the attribute that gave this integer, where it is known.
+        remarks: what lies outside the program (hooks, static batch...), one sentence each.
+    """
+
+    graph: fx.Graph
+    names: Mapping[str, str]
+    tensors: Mapping[str, Tensor]
+    trainable: frozenset[str]
+    inputs: tuple[str, ...]
+    in_spec: Any
+    out_spec: Any
+    example: tuple[Any, ...]
+    origins: Mapping[str, Origin]
+    sources: Mapping[tuple[str, int], Source] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def batch(self) -> int:
+        """Batch size of the example."""
+        return next(int(x.shape[0]) for x in self.example if isinstance(x, Tensor) and x.dim())
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of structure: parameter names, shapes and types, and the sequence of operations. Weights do not enter."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype};".encode())
+        for node in self.graph.nodes:
+            if node.op == "call_function":
+                digest.update(f"{node.target};".encode())
+        return digest.hexdigest()[:32]
+
+    def weights_hash(self) -> str:
+        """Hash of the values of all tensors."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(name.encode())
+            digest.update(
+                tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+                if tensor.numel() and tensor.dim()
+                else repr(tensor.tolist()).encode()
+            )
+        return digest.hexdigest()[:32]
+
+
+def concrete(value: Any) -> Any:
+    """A size that may be symbolic, as the integer it had in the example."""
+    if isinstance(value, torch.SymInt):
+        hint = value.node.hint
+        return int(hint) if hint is not None else int(value)
+    return value
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """The example shape of a node's tensor."""
+    return tuple(concrete(s) for s in node.meta["val"].shape)

@@ -1,0 +1,161 @@
+"""The run folder: everything that a job made, written so that any stop leaves it whole.
+
+Layout::
+
+    config.json                 what was asked; a resumed run must ask the same
+    journal.jsonl               one line per finished stage, appended and flushed: {"stage", "key", "data", "time"}
+    candidates/<name>/          candidate.json (plan, metrics, notes, checksums), model.safetensors, model.onnx
+    work/                       caches and checkpoints; may be deleted
+    report.html
+
+Files are written to a temporary name and renamed, so that a reader never sees half a file. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from shohin.errors import RunError
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes ``data`` so that ``path`` holds either the old content or all of the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON atomically."""
+    write_atomic(path, json.dumps(value, indent=1, sort_keys=True).encode())
+
+
+def read_json(path: Path) -> Any:
+    """Reads JSON. Raises RunError if the file is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise RunError(f"{path} is missing: the run folder is incomplete or not a run folder") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} is damaged: {error}") from None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes tensors by name as safetensors, atomically. Shared storage is copied."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, str(temporary))
+    os.replace(temporary, path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads safetensors. Raises RunError if the file is missing or damaged."""
+    try:
+        return load_file(str(path))
+    except FileNotFoundError:
+        raise RunError(f"{path} is missing: the run folder is incomplete") from None
+    except Exception as error:  # safetensors raises its own types, which differ between versions
+        raise RunError(f"{path} is damaged: {error}") from None
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class Run:
+    """A run folder, new or to be resumed.
+
+    Args:
+        folder: created if missing.
+        config: what was asked, JSON-able; compared with what the folder holds. None reads an existing folder.
+
+    Raises:
+        RunError: if the folder holds a run with another configuration, is damaged, or is not a run folder.
+    """
+
+    def __init__(self, folder: str | Path, config: Mapping[str, Any] | None = None) -> None:
+        self.folder = Path(folder)
+        path = self.folder / "config.json"
+        if config is None or path.exists():
+            self.config: dict[str, Any] = read_json(path)
+            if config is not None:
+                self._same(config)
+        else:
+            if self.folder.exists() and any(p.name != "work" for p in self.folder.iterdir()):
+                raise RunError(f"{self.folder} exists and is not a run folder; choose another 'out' or an empty folder")
+            self.config = json.loads(json.dumps(config))
+            write_json(path, config)
+        self.entries = self._read_journal()
+
+    def _same(self, config: Mapping[str, Any]) -> None:
+        asked = json.loads(json.dumps(config))
+        for key in sorted(asked.keys() | self.config.keys()):
+            if asked.get(key) != self.config.get(key):
+                hint = "it belongs to another model" if key in ("fingerprint", "weights") else "to change it, use another folder"
+                raise RunError(
+                    f"{self.folder} holds a run with another {key}: {hint} (there {self.config.get(key)!r}, asked {asked.get(key)!r})"
+                )
+
+    def _read_journal(self) -> list[dict[str, Any]]:
+        path = self.folder / "journal.jsonl"
+        if not path.exists():
+            return []
+        entries = []
+        raw = path.read_bytes()
+        for number, line in enumerate(raw.split(b"\n"), 1):
+            if not line:
+                continue
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                if raw.endswith(line) and not raw.endswith(b"\n"):
+                    write_atomic(path, raw[: -len(line)])  # the last line was cut off by a kill: its stage runs again
+                    break
+                raise RunError(f"{path} is damaged in line {number}; restore it or use another folder") from None
+        return entries
+
+    def append(self, stage: str, key: str, data: Any) -> None:
+        """Journals a finished step; durable when this returns."""
+        entry = {"stage": stage, "key": key, "data": data, "time": time.time()}
+        line = json.dumps(entry)
+        with open(self.folder / "journal.jsonl", "a") as f:
+            f.write(line + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+        self.entries.append(json.loads(line))
+
+    def find(self, stage: str, key: str = "") -> dict[str, Any] | None:
+        """The journaled entry of a step, or None if it has not finished."""
+        return next((e for e in self.entries if e["stage"] == stage and e["key"] == key), None)
+
+    def once(self, stage: str, key: str, work: Callable[[], Any]) -> Any:
+        """The journaled result of a step; it is done and journaled first if it has not been. Results must be JSON-able."""
+        entry = self.find(stage, key)
+        if entry is None:
+            self.append(stage, key, work())
+            entry = self.entries[-1]
+        return entry["data"]
+
+    def work(self, name: str) -> Path:
+        """A path for a cache or a checkpoint."""
+        path = self.folder / "work"
+        path.mkdir(parents=True, exist_ok=True)
+        return path / name

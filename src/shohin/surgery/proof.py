@@ -1,0 +1,99 @@
+"""Proof: in float64, a cut module equals the view on random inputs of batch 2 and 3, outputs and gradients."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from shohin.program import Program
+
+#: largest relative error of a proof (DESIGN section 2)
+TOLERANCE = 1e-10
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The result of a comparison.
+
+    Args:
+        holds: True if the error is within the tolerance.
+        error: largest relative error of outputs and gradients.
+        where: what differs most, or why nothing could be compared.
+    """
+
+    holds: bool
+    error: float
+    where: str
+
+
+def prove(program: Program, module: nn.Module, view: nn.Module, *, tolerance: float = TOLERANCE, seed: int = 0) -> Proof:
+    """Compares ``module`` with ``view`` in float64.
+
+    Args:
+        program: gives the shapes and types of inputs.
+        module, view: with equal signatures and parameter names; copies are compared, the originals stay as they are.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    fixed = any("batch" in remark for remark in program.remarks)
+    worst, where = 0.0, ""
+    try:
+        a, b = (copy.deepcopy(m).double().eval() for m in (module, view))
+        for batch in (program.batch,) if fixed else (2, 3):
+            inputs = [random_input(x, batch, generator) for x in program.example]
+            error, place = _compare(program, a, b, inputs, generator)
+            if not error <= worst:
+                worst, where = error, f"{place} at batch {batch}"
+    except Exception as error:  # whatever the user's forward raises is a reason, not a crash
+        return Proof(False, float("inf"), f"the module fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+    return Proof(worst <= tolerance, worst, where)
+
+
+def random_input(x: Any, batch: int, generator: torch.Generator) -> Any:
+    """A random value like an example input, with another batch: normal floats, shuffled integers."""
+    if not isinstance(x, Tensor) or not x.dim():
+        return x
+    shape = (batch, *x.shape[1:])
+    if x.is_floating_point():
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+    flat = x.reshape(-1).cpu()
+    return flat[torch.randint(0, len(flat), (int(torch.Size(shape).numel()),), generator=generator)].reshape(shape)
+
+
+def _compare(program: Program, a: nn.Module, b: nn.Module, inputs: list[Any], generator: torch.Generator) -> tuple[float, str]:
+    results = []
+    weights: list[Tensor] = []
+    for module in (a, b):
+        flat = [x.clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
+        args, kwargs = pytree.tree_unflatten(flat, program.in_spec)
+        outputs = [t for t in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(t, Tensor)]
+        if not weights:
+            weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in outputs]
+        found = {f"output {i}": t.detach() for i, t in enumerate(outputs)}
+        loss = sum(((t * w).sum() for t, w in zip(outputs, weights, strict=True) if t.requires_grad), torch.zeros(()))
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            named = {n: p for n, p in module.named_parameters() if p.requires_grad}
+            leaves = [t for t in flat if isinstance(t, Tensor) and t.requires_grad]
+            grads = torch.autograd.grad(loss, [*named.values(), *leaves], allow_unused=True)
+            keys = [*(f"gradient of {n}" for n in named), *(f"gradient of input {i}" for i in range(len(leaves)))]
+            found.update({k: g for k, g in zip(keys, grads, strict=True) if g is not None})
+        results.append(found)
+    worst, where = 0.0, ""
+    first, second = results
+    if not any(k.startswith("output") for k in first):
+        return float("inf"), "no tensor output"
+    missing = {k for k in set(first) ^ set(second) if float({**first, **second}[k].abs().sum()) != 0.0}
+    if missing:
+        return float("inf"), f"{sorted(missing)[0]} exists on one side only"
+    for key in sorted(set(first) & set(second)):
+        if first[key].shape != second[key].shape:
+            return float("inf"), f"{key} has shape {tuple(first[key].shape)}, expected {tuple(second[key].shape)}"
+        scale = float(second[key].abs().max()) + 1e-30
+        error = float((first[key] - second[key]).abs().max()) / scale if first[key].numel() else 0.0
+        if not error <= worst:
+            worst, where = error, key
+    return worst, where

@@ -1,0 +1,66 @@
+"""A view: the model seen through a plan, as a program with sliced tensors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from shohin.graph import Frozen, Graph, understand_program
+from shohin.plan import Plan
+from shohin.program import ProgramModule, capture
+from shohin.surgery.rewrite import CannotRewrite, Rewritten, rewrite
+
+
+def understand(model: nn.Module, example: Any) -> Graph:
+    """What can be chosen in a model: groups, regions, costs, and what is frozen and why.
+
+    Args:
+        example: arguments of one call (a tuple of tensors, or a `shohin.data.Call`); dimension 0 is the batch.
+
+    Raises:
+        ModelError: if the model does not run on the example or cannot be captured.
+    """
+    return confirm(understand_program(capture(model, example)))
+
+
+def confirm(graph: Graph) -> Graph:
+    """The graph without the groups that the program's integers cannot follow; these are frozen, with the reason.
+
+    Each group is tried: alternate units are removed and the program is rewritten.
+    """
+    groups, frozen = [], list(graph.frozen)
+    for group in graph.groups:
+        try:
+            rewrite(graph, Plan(graph.program.fingerprint, {group.name: tuple(range(0, group.size, 2))}))
+            groups.append(group)
+        except CannotRewrite as error:
+            frozen.append(Frozen(group.name, str(error)))
+    if len(groups) == len(graph.groups):
+        return graph
+    return replace(graph, groups=tuple(groups), frozen=tuple(frozen), costs=replace_costs(graph, {g.name for g in groups}))
+
+
+def replace_costs(graph: Graph, left: set[str]) -> Any:
+    """Costs in which the widths of groups that are not left are fixed."""
+    from shohin.graph.graph import _with_costs
+
+    fewer = replace(graph, groups=tuple(g for g in graph.groups if g.name in left))
+    return _with_costs(fewer, {n: v for n, v in graph.labels.items() if not isinstance(v, tuple)}).costs
+
+
+def view(graph: Graph, plan: Plan) -> ProgramModule:
+    """The program through a plan's widths and skips, with its own sliced parameters and buffers.
+
+    Raises:
+        PlanError: if the plan is for another model.
+        CannotRewrite: if an operation cannot follow.
+    """
+    return view_of(graph, rewrite(graph, plan))
+
+
+def view_of(graph: Graph, rewritten: Rewritten) -> ProgramModule:
+    """A module from a rewritten program; its tensors are copies."""
+    tensors = {name: rewritten.slice(name, tensor.detach()).clone() for name, tensor in graph.program.tensors.items()}
+    return ProgramModule(graph.program, rewritten.graph, tensors)
