@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -99,13 +99,15 @@ def understand_program(program: Program) -> Graph:
         elif isinstance(value, (tuple, list)) and value and all(isinstance(v, Labels) for v in value):
             labels[node.name] = tuple(settled(v) for v in value)
     planes = {name: tuple(_settle_planes(p, find)) for name, p in context.parameters.items()}
+    by_tensor = {id(program.tensors[name]): planes[name] for name in planes}
+    planes.update({name: by_tensor[id(t)] for name, t in program.tensors.items() if name not in planes and id(t) in by_tensor})
     flat = [one for v in labels.values() for one in (v if isinstance(v, tuple) else (v,))]
     structure = Structure([*(v.data for v in flat), *(a for arrays in planes.values() for a in arrays)], context.classes.links)
     normalized = {int(v) for a in context.normalized for v in np.unique(find(a)) if v}
     order = [n for n in program.names.values() if n in planes]
-    sizes = {n: program.tensors[n].numel() for n in planes}
     distinct = {n: planes[n] for n in dict.fromkeys(order) if context.parameters[n].name == n}
-    groups = find_groups(distinct, structure, normalized, sizes)
+    sizes = {n: program.tensors[n].numel() for n in distinct if n in program.trainable}
+    groups = find_groups(distinct, structure, normalized, sizes, context.produced)
     count = len(find(np.zeros(1, np.int64))) and int(context.classes.fresh(1)[0])
     single = {name: v for name, v in labels.items() if isinstance(v, Labels)}
     regions = find_regions(program, single)
@@ -120,10 +122,10 @@ def _with_costs(graph: Graph, labels: Mapping[str, Labels]) -> Graph:
     return Graph(graph.program, graph.labels, graph.planes, graph.label_count, graph.groups, graph.regions, tuple(costs), graph.frozen)
 
 
-def _settle_planes(parameter: Parameter, find: object) -> list[Array]:
+def _settle_planes(parameter: Parameter, find: Callable[[Array], Array]) -> list[Array]:
     out = []
     for plane in parameter.planes:
-        data = compress(find(plane), parameter.shape).data  # type: ignore[operator]
+        data = compress(find(plane), parameter.shape).data
         if any(n > 1 for n in data.shape):
             out.append(data)
     return out or [np.zeros((1,) * len(parameter.shape), np.int64)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,12 +13,62 @@ from shohin.graph.costs import Extent, Operator, Term
 from shohin.graph.labels.core import Array, Labels
 from shohin.graph.regions import Region
 from shohin.graph.units import UnitGroup
-from shohin.program import Program, family, shape_of
+from shohin.program import Program, family
+from shohin.program.nodes import argument, arguments
 
 #: fused into their neighbour or free in every runtime that folds: no cost of their own
 FREE = frozenset(
-    ["batch_norm", "relu", "relu6", "hardtanh", "clamp", "dropout", "view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "getitem", "sym_size", "detach", "alias", "clone", "contiguous", "expand"]
+    [
+        "batch_norm",
+        "relu",
+        "relu6",
+        "hardtanh",
+        "clamp",
+        "dropout",
+        "view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "unsqueeze",
+        "squeeze",
+        "getitem",
+        "sym_size",
+        "detach",
+        "alias",
+        "clone",
+        "contiguous",
+        "expand",
+    ]
 )
+
+#: contractions
+WEIGHTED = frozenset(
+    [
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "convolution",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose3d",
+        "linear",
+        "matmul",
+        "mm",
+        "bmm",
+        "addmm",
+        "scaled_dot_product_attention",
+    ]
+)
+#: classes of the rest, for latency regression
+KINDS = {
+    frozenset(["layer_norm", "group_norm", "rms_norm", "softmax", "instance_norm"]): "norm",
+    frozenset(["mean", "sum"]): "pool",
+    frozenset(["gelu", "silu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "mish", "elu", "exp"]): "activation",
+    frozenset(
+        ["cat", "stack", "permute", "transpose", "slice", "select", "split", "chunk", "unbind", "roll", "index", "pad", "constant_pad_nd"]
+    ): "movement",
+    frozenset(["einsum"]): "einsum",
+}
 
 
 class Extents:
@@ -24,51 +76,56 @@ class Extents:
 
     def __init__(self, groups: Sequence[UnitGroup], label_count: int) -> None:
         self._groups = groups
-        self._member: list[np.ndarray] = []
+        self._unit: list[Array] = []  # for each group: label -> unit, or -1
         for group in groups:
-            mask = np.zeros(label_count, bool)
-            mask[np.concatenate(group.units)] = True
-            self._member.append(mask)
+            unit = np.full(label_count, -1, np.int64)
+            for i, labels in enumerate(group.units):
+                unit[labels] = i
+            self._unit.append(unit)
 
-    def axis(self, data: Array, axis: int, size: int) -> tuple[float, tuple[Extent, ...]]:
-        """(coefficient, extents) whose product is the size of an axis; ``data`` are its tensor's compressed labels."""
+    def axis(self, data: Array, axis: int, size: int) -> list[tuple[float, tuple[Extent, ...]]]:
+        """Products of extents whose sum is the size of an axis; ``data`` are its tensor's compressed labels.
+
+        Indices that one group removes give one linear extent; rows that two groups remove (head x dim) give a product.
+        """
         if data.shape[axis] == 1:
-            return 1.0, (Extent(size, {}),)
-        other = tuple(d for d in range(data.ndim) if d != axis)
-        per_unit: dict[str, int] = {}
-        covered = np.zeros(data.shape[axis], int)
-        present = []
-        for group, member in zip(self._groups, self._member, strict=True):
-            inside = member[data]
-            if not inside.any():
-                continue
-            line = np.isin(data, group.units[0]).all(axis=other)
-            if line.any():
-                per_unit[group.name] = int(line.sum())
-                covered += inside.all(axis=other)
-                present.append(group)
-        if len(present) == 2 and (covered == 2).all():  # rows = head x dim: a product of two widths
-            a, b = present
-            return size / (a.size * b.size), (Extent(0, {a.name: 1}), Extent(0, {b.name: 1}))
-        fixed = size - sum(per_unit[g.name] * g.size for g in present)
-        return 1.0, (Extent(fixed, per_unit),)
+            return [(1.0, (Extent(size, {}),))]
+        lines = np.moveaxis(data, axis, 0).reshape(size, -1)
+        owners = np.zeros((size, len(self._groups)), bool)
+        for g, unit in enumerate(self._unit):
+            of = unit[lines]
+            owners[:, g] = (of[:, 0] >= 0) & (of == of[:, :1]).all(axis=1)
+        kinds, counts = np.unique(owners, axis=0, return_counts=True)
+        fixed, per_unit, products = 0, {}, []
+        for kind, count in zip(kinds, counts.tolist(), strict=True):
+            members = [self._groups[g] for g in np.flatnonzero(kind).tolist()]
+            if not members:
+                fixed = count
+            elif len(members) == 1:
+                per_unit[members[0].name] = count // members[0].size
+            else:
+                extents = tuple(Extent(0, {m.name: 1}) for m in members)
+                products.append((count / math.prod(m.size for m in members), extents))
+        return [*([(1.0, (Extent(fixed, per_unit),))] if fixed or per_unit else []), *products]
 
-    def tensor(self, labels: Labels, skip: tuple[int, ...] = (0,)) -> Term:
-        """Elements of an activation at batch 1 (axis 0 is skipped)."""
-        return self.product([(labels.data, d, n) for d, n in enumerate(labels.shape) if d not in skip])
+    def tensor(self, labels: Labels) -> list[Term]:
+        """Elements of an activation at batch 1 (axis 0 is the batch)."""
+        return self.product([(labels.data, d, n) for d, n in enumerate(labels.shape) if d])
 
-    def product(self, axes: Sequence[tuple[Array, int, int]], factor: float = 1.0) -> Term:
-        """The product of several axes' sizes."""
-        coefficient, extents = factor, []
-        for data, axis, size in axes:
-            c, e = self.axis(data, axis, size)
-            coefficient *= c
-            for extent in e:
-                if extent.per_unit:
-                    extents.append(extent)
-                else:
-                    coefficient *= extent.fixed
-        return Term(coefficient, tuple(extents))
+    def product(self, axes: Sequence[tuple[Array, int, int]], factor: float = 1.0) -> list[Term]:
+        """The product of several axes' sizes, as a sum of terms."""
+        terms = []
+        for choice in itertools.product(*(self.axis(*a) for a in axes)):
+            coefficient, extents = factor, []
+            for c, factors in choice:
+                coefficient *= c
+                for extent in factors:
+                    if extent.per_unit:
+                        extents.append(extent)
+                    else:
+                        coefficient *= extent.fixed
+            terms.append(Term(coefficient, tuple(extents)))
+        return terms
 
 
 def operators(
@@ -81,7 +138,7 @@ def operators(
             continue
         origin = program.origins[node.name]
         kind, macs, weights = _work(program, node, labels, planes, extents)
-        elements = [extents.tensor(labels[n.name]) for n in (*node.all_input_nodes, node) if n.name in labels]
+        elements = [t for n in (*node.all_input_nodes, node) if n.name in labels for t in extents.tensor(labels[n.name])]
         inside = tuple(r.name for r in regions if node.name in r.nodes)
         out.append(Operator(origin.address, kind, tuple(macs), tuple(elements), tuple(weights), inside, origin.module))
     return out
@@ -90,65 +147,52 @@ def operators(
 def _work(
     program: Program, node: fx.Node, labels: Mapping[str, Labels], planes: Mapping[str, Sequence[Array]], extents: Extents
 ) -> tuple[str, list[Term], list[Term]]:
+    """(kind, MACs, weight elements) of an operation."""
     name = family(node)
-    result = labels[node.name]
-    weight_name = next((program.names[a.name] for a in node.args[1:2] if isinstance(a, fx.Node) and a.name in program.names), None)
+    tensors = [program.names[n.name] for n in node.all_input_nodes if n.name in program.names]
+    weights = [t for tensor in tensors for t in extents.product(_axes(program, planes, tensor))]
+    kind, macs = "elementwise", list[Term]()
+    for families, label in KINDS.items():
+        if name in families or (label == "pool" and "pool" in name):
+            kind = label
+    if name in WEIGHTED:
+        kind, macs = _contraction(program, node, labels, planes, extents)
+    return kind, macs, weights
+
+
+def _contraction(
+    program: Program, node: fx.Node, labels: Mapping[str, Labels], planes: Mapping[str, Sequence[Array]], extents: Extents
+) -> tuple[str, list[Term]]:
+    name, result = family(node), labels[node.name]
+    args = arguments(node)
+    operands = args[1:3] if name in ("addmm", "baddbmm") else args[:2]
     own = [(result.data, d, n) for d, n in enumerate(result.shape) if d]
-    weights = []
-    for n in node.all_input_nodes:
-        if n.name in program.names:
-            tensor = program.names[n.name]
-            shape = tuple(program.tensors[tensor].shape)
-            weights.append(extents.product([(*_plane(planes[tensor], d, len(shape)), size) for d, size in enumerate(shape)]))
-    if name.startswith("conv") and weight_name is not None:
-        shape = tuple(program.tensors[weight_name].shape)
-        kernel = int(np.prod(shape[2:]))
-        transposed = name.startswith("conv_transpose")
-        source = (
-            own if not transposed else [(labels[node.args[0].name].data, d, n) for d, n in enumerate(labels[node.args[0].name].shape) if d]
-        )
-        macs = extents.product([*source, (*_plane(planes[weight_name], 1, len(shape)), shape[1])], kernel)
-        size = "x".join(map(str, shape[2:]))
-        grouped = len(node.args) > 6 and isinstance(node.args[6], int) and node.args[6] > 1
-        kind = ("depthwise" if shape[1] == 1 else "groupconv") if grouped else "convtranspose" if transposed else "conv"
-        return kind + size, [macs], weights
-    if name == "linear" and weight_name is not None:
-        shape = tuple(program.tensors[weight_name].shape)
-        return "linear", [extents.product([*own, (*_plane(planes[weight_name], 1, 2), shape[1])])], weights
-    if name in ("matmul", "bmm", "mm") and isinstance(node.args[0], fx.Node) and node.args[0].name in labels:
-        a = labels[node.args[0].name]
-        return "matmul", [extents.product([*own, (a.data, len(a.shape) - 1, a.shape[-1])])], weights
     if name == "scaled_dot_product_attention":
-        q, k = (labels[n.name] for n in node.args[:2])
+        q, k = (labels[n.name] for n in operands)
         rank = len(q.shape)
-        rows = [(q.data, d, q.shape[d]) for d in range(1, rank)]
         keys = (k.data, rank - 2, k.shape[-2])
-        return "attention", [extents.product([*rows, keys]), extents.product([*own, keys])], weights
-    if name == "einsum":
-        return "einsum", [], weights
-    if name in ("layer_norm", "group_norm", "rms_norm", "softmax", "instance_norm"):
-        return "norm", [], weights
-    if "pool" in name or name in ("mean", "sum"):
-        return "pool", [], weights
-    if name in ("gelu", "silu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "mish", "elu", "exp"):
-        return "activation", [], weights
-    if name in (
-        "cat",
-        "stack",
-        "permute",
-        "transpose",
-        "slice",
-        "select",
-        "split",
-        "chunk",
-        "unbind",
-        "roll",
-        "index",
-        "pad",
-        "constant_pad_nd",
-    ):
-        return "movement", [], weights
-    return "elementwise", [], weights
+        return "attention", [*extents.product([*((q.data, d, q.shape[d]) for d in range(1, rank)), keys]), *extents.product([*own, keys])]
+    x = labels.get(operands[0].name)
+    weight = program.names.get(operands[1].name)
+    shape = tuple(program.tensors[weight].shape) if weight else ()
+    if name.startswith("conv") and weight and x is not None:
+        transposed = name.startswith("conv_transpose")
+        source = [(x.data, d, n) for d, n in enumerate(x.shape) if d] if transposed else own
+        macs = extents.product([*source, (*_plane(planes[weight], 1, len(shape)), shape[1])], math.prod(shape[2:]))
+        grouped = isinstance(argument(node, 6), int) and argument(node, 6) > 1
+        kind = ("depthwise" if shape[1] == 1 else "groupconv") if grouped else "convtranspose" if transposed else "conv"
+        return kind + "x".join(map(str, shape[2:])), macs
+    if name == "linear" and weight:
+        return "linear", extents.product([*own, (*_plane(planes[weight], 1, 2), shape[1])])
+    if x is not None:
+        kind = "linear" if weight and name != "bmm" else "matmul"
+        return kind, extents.product([*own, (x.data, len(x.shape) - 1, x.shape[-1])])
+    return "matmul", []
+
+
+def _axes(program: Program, planes: Mapping[str, Sequence[Array]], tensor: str) -> list[tuple[Array, int, int]]:
+    shape = tuple(program.tensors[tensor].shape)
+    return [(*_plane(planes[tensor], d, len(shape)), n) for d, n in enumerate(shape)]
 
 
 def _plane(planes: Sequence[Array], axis: int, rank: int) -> tuple[Array, int]:
@@ -162,6 +206,3 @@ def _plane(planes: Sequence[Array], axis: int, rank: int) -> tuple[Array, int]:
 def macs_of(items: Sequence[Operator], kept: Mapping[str, int], skipped: frozenset[str] = frozenset()) -> float:
     """Total multiply-accumulates at batch 1."""
     return sum(t.at(kept) for op in items if not skipped & set(op.regions) for t in op.macs)
-
-
-__all__ = ["FREE", "Extents", "macs_of", "operators", "shape_of"]

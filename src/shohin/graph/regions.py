@@ -10,7 +10,9 @@ from torch import fx
 from shohin.graph.labels.core import Labels
 from shohin.program import Program, family
 
-CONTRACTIONS = frozenset(["conv1d", "conv2d", "conv3d", "linear", "matmul", "bmm", "mm", "scaled_dot_product_attention", "conv_transpose1d", "conv_transpose2d"])
+CONTRACTIONS = frozenset(
+    ["conv1d", "conv2d", "conv3d", "linear", "matmul", "bmm", "mm", "scaled_dot_product_attention", "conv_transpose1d", "conv_transpose2d"]
+)
 PASSING = frozenset(["add", "add_", "relu", "dropout", "clone", "contiguous", "detach", "alias", "relu6", "hardtanh", "gelu", "silu"])
 
 

@@ -70,20 +70,28 @@ def kept_indices(data: Array, gone: np.ndarray) -> dict[int, Array] | None:
 
 
 class Structure:
-    """The tensors and links that units must respect."""
+    """The tensors and links that units must respect.
+
+    Units are interchangeable only if each tensor loses as much with one as with another: halves of a split are two groups,
+    so that neither can become empty and every size is linear in the numbers of units.
+    """
 
     def __init__(self, arrays: Iterable[Array], links: Sequence[tuple[int, Array]]) -> None:
         distinct: dict[tuple[bytes, tuple[int, ...]], Array] = {}
         for array in arrays:
             squeezed = array.squeeze()
-            if squeezed.ndim >= 2:
-                distinct.setdefault((squeezed.tobytes(), squeezed.shape), squeezed)
-        self.grids = list(distinct.values())
+            distinct.setdefault((squeezed.tobytes(), squeezed.shape), squeezed)
+        self.grids = [a for a in distinct.values() if a.ndim >= 2]
+        self.vectors = [a.reshape(-1) for a in distinct.values() if a.ndim < 2 and a.any()]
         self.links = [(p, frozenset(m.tolist())) for p, m in links]
         self._grids_of: dict[int, list[int]] = defaultdict(list)
         for index, grid in enumerate(self.grids):
             for label in np.unique(grid).tolist():
                 self._grids_of[label].append(index)
+        self._vectors_of: dict[int, list[int]] = defaultdict(list)
+        for index, vector in enumerate(self.vectors):
+            for label in np.unique(vector).tolist():
+                self._vectors_of[label].append(index)
         self._links_of: dict[int, list[int]] = defaultdict(list)
         for index, (parent, members) in enumerate(self.links):
             for label in {parent, *members}:
@@ -131,7 +139,8 @@ class Structure:
                 todo |= more
             todo -= gone
             gone |= todo
-        return frozenset(gone)
+        emptied = any(gone.issuperset(self.vectors[i].tolist()) for i in {i for label in gone for i in self._vectors_of.get(label, ())})
+        return None if emptied else frozenset(gone)
 
     @staticmethod
     def _complete(grid: Array, gone: set[int]) -> set[int] | None:
@@ -174,14 +183,19 @@ class Structure:
 
 
 def find_groups(
-    planes: Mapping[str, Sequence[Array]], structure: Structure, normalized: set[int], sizes: Mapping[str, int]
+    planes: Mapping[str, Sequence[Array]],
+    structure: Structure,
+    normalized: set[int],
+    sizes: Mapping[str, int],
+    produced: set[tuple[str, int]],
 ) -> list[UnitGroup]:
     """All unit groups, in the order in which parameters produce them.
 
     Args:
         planes: parameter name -> settled label planes, in program order.
         normalized: labels over which a normalization computes statistics.
-        sizes: elements of each parameter.
+        sizes: elements of each parameter that is counted (buffers are not).
+        produced: (parameter, axis) of every axis that a weight produces; groups are named after these.
     """
     lines = _lines(planes)
     places: dict[int, list[tuple[int, int]]] = defaultdict(list)
@@ -189,6 +203,10 @@ def find_groups(
         for index, label in enumerate(labels.tolist()):
             if label:
                 places[label].append((number, index))
+    visits: dict[int, list[int]] = defaultdict(list)
+    for number, labels in enumerate([*(labels for _, _, labels in lines), *structure.vectors]):
+        for label in labels.tolist():
+            visits[label].append(number)
     complex_labels = structure.complex_labels
     units: list[frozenset[int]] = [frozenset((label,)) for label in places if label not in complex_labels]
     units += list(dict.fromkeys(u for seed in structure.seeds() if (u := structure.close(seed)) is not None))
@@ -196,24 +214,22 @@ def find_groups(
     for unit in units:
         counts: dict[int, int] = defaultdict(int)
         for label in unit:
-            for number, _ in places.get(label, ()):
+            for number in visits.get(label, ()):
                 counts[number] += 1
-        if counts:
+        if any(label in places for label in unit):
             groups[tuple(sorted(counts.items())), structure.signature(unit) if unit & complex_labels else ()].append(unit)
     named: dict[str, int] = defaultdict(int)
     out = []
     for members in sorted(groups.values(), key=lambda m: _order(m, places, lines)):
-        if len(members) < 2 or not _disjoint(members):
+        if not _disjoint(members):
             continue
         members.sort(key=lambda u: _order([u], places, lines))
         slices = _slices(members, places, lines)
-        if not slices:
+        base = _producer(slices, produced)
+        named[base] += 1  # a single unit counts too: names stay when a cut leaves one
+        if len(members) < 2:
             continue
-        base = _producer(slices, planes)
-        named[base] += 1
-        parameters = sum(
-            sizes[n] * index.shape[1] // _length(planes[n], axis) for n, axes in slices.items() for axis, index in axes.items()
-        )
+        parameters = sum(_removed(planes[n], size, members[0]) for n, size in sizes.items())
         out.append(
             UnitGroup(
                 name=base if named[base] == 1 else f"{base}#{named[base]}",
@@ -244,14 +260,24 @@ def _lines(planes: Mapping[str, Sequence[Array]]) -> list[Line]:
     return lines
 
 
-def _length(arrays: Sequence[Array], axis: int) -> int:
-    return max(a.shape[axis] for a in arrays)
+def _removed(arrays: Sequence[Array], size: int, unit: frozenset[int]) -> int:
+    """Elements of a parameter that go with a unit, in any of its planes."""
+    labels = list(unit)
+    stays = [~np.isin(a, labels) for a in arrays]
+    if all(s.all() for s in stays):
+        return 0
+    whole = np.broadcast_shapes(*(s.shape for s in stays))
+    left = stays[0] if len(stays) == 1 else np.logical_and.reduce([np.broadcast_to(s, whole) for s in stays])
+    return size - int(left.sum()) * (size // left.size)
 
 
 def _order(members: Sequence[frozenset[int]], places: Mapping[int, list[tuple[int, int]]], lines: Sequence[Line]) -> tuple[int, int, int]:
-    """First place of a unit: producing axes (axis 0 of matrices and kernels) before consuming ones, then index, then size."""
-    first = min((p for u in members[:1] for label in u for p in places.get(label, ())), default=(len(lines), 0))
-    return first[0], first[1], len(members[0])
+    """First place of a unit: parameter axis in program order, index, then distance to its second index there (a head, whose
+    rows are neighbours, before "dim d of every head"). Nothing that depends on sizes, so that names survive a cut.
+    """
+    found = sorted(p for label in members[0] for p in places.get(label, ()))
+    number, index = found[0] if found else (len(lines), 0)
+    return number, index, next((i - index for n, i in found[1:] if n == number and i > index), 0)
 
 
 def _disjoint(members: Sequence[frozenset[int]]) -> bool:
@@ -273,9 +299,7 @@ def _slices(
     return dict(out)
 
 
-def _producer(slices: Mapping[str, Mapping[int, Array]], planes: Mapping[str, Sequence[Array]]) -> str:
-    """The first parameter that produces the axis: axis 0 of a matrix or kernel, else the first that has it."""
-    for name, axes in slices.items():
-        if 0 in axes and planes[name][0].ndim > 1:
-            return name
-    return next(iter(slices))
+def _producer(slices: Mapping[str, Mapping[int, Array]], produced: set[tuple[str, int]]) -> str:
+    """The first parameter that produces the axis, else the first that has it."""
+    made = (name for name, axes in slices.items() if any((name, axis) in produced for axis in axes))
+    return next(made, next(iter(slices)))

@@ -7,6 +7,7 @@ in silence. The user's module is never touched: a structural copy that shares it
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 import warnings
 from typing import Any
@@ -77,8 +78,6 @@ def _by_parameter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     """Dynamic shapes in the form that torch.export expects: by parameter name if there are keywords."""
     if not kwargs:
         return args
-    import inspect
-
     bound = inspect.signature(model.forward).bind_partial(*args, **kwargs)
     return dict(bound.arguments)
 
@@ -92,6 +91,8 @@ def _check_weights(model: nn.Module) -> None:
 
 def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     shapes = ", ".join([_describe(a) for a in args] + [f"{k}={_describe(v)}" for k, v in kwargs.items()])
+    if not any(isinstance(x, Tensor) and x.dim() for x in pytree.tree_leaves((args, kwargs))):
+        raise ModelError(f"the model does not run on the example ({shapes or 'nothing'}): it holds no tensor with a batch dimension")
     try:
         with torch.no_grad():
             model(*args, **kwargs)
@@ -140,6 +141,10 @@ def _program(model: nn.Module, exported: Any, recorder: Recorder, inputs: Any) -
                 raise ModelError(
                     f"input {node.name!r} is a {type(node.meta['val']).__name__}, not a tensor: give numbers that do not change as attributes of the model"
                 )
+    tied = {id(tensor): name for name, tensor in tensors.items()}
+    aliases = {name: tied[id(tensor)] for name, tensor in state.items() if name not in tensors and id(tensor) in tied}
+    tensors.update({name: state[name] for name in aliases})
+    trainable = frozenset(signature.inputs_to_parameters.values())
     graph = make_functional(_clean(graph))
     origins = _origins(graph)
     flat, _ = pytree.tree_flatten(inputs)
@@ -147,11 +152,12 @@ def _program(model: nn.Module, exported: Any, recorder: Recorder, inputs: Any) -
         graph=graph,
         names=names,
         tensors=tensors,
-        trainable=frozenset(signature.inputs_to_parameters.values()),
+        trainable=trainable | {name for name, main in aliases.items() if main in trainable},
         inputs=tuple(user),
         in_spec=exported.call_spec.in_spec,
         out_spec=exported.call_spec.out_spec,
         example=tuple(flat),
+        signature=inspect.signature(model.forward),
         origins=origins,
         sources=sources,
         remarks=tuple(_remarks(model, graph, user)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from shohin.data import Call
+from shohin.errors import DataError
+from shohin.program.nodes import arguments, run
 from shohin.program.program import Program
 
 
@@ -51,7 +55,12 @@ class ProgramModule(nn.Module):
         for node_name, name in program.names.items():
             if node_name in used:
                 self._register(name, values[name], name in program.trainable)
+        present = {id(values[program.names[n]]) for n in used if n in program.names}
+        for name in program.tensors:
+            if name in values and id(values[name]) in present:
+                self._register(name, values[name], name in program.trainable)
         self._functions = {mode: _compile(source, program.names, taps, training=mode) for mode in (False, True)}
+        self.__class__ = _signed(str(program.signature), program.signature)
         self.train(False)
 
     def _register(self, name: str, value: Tensor, trainable: bool) -> None:
@@ -78,6 +87,23 @@ class ProgramModule(nn.Module):
         return tuple(outputs) if self._tapped else pytree.tree_unflatten(list(outputs), self._specs.outputs)
 
 
+_CLASSES: dict[str, type[ProgramModule]] = {}
+
+
+def _signed(key: str, signature: inspect.Signature) -> type[ProgramModule]:
+    """A subclass whose forward shows the user's signature, from which exporters take the names of inputs."""
+    if key not in _CLASSES:
+
+        def forward(self: ProgramModule, *args: Any, **kwargs: Any) -> Any:
+            return ProgramModule.forward(self, *args, **kwargs)
+
+        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        others = [p.replace(kind=p.POSITIONAL_ONLY) if p.kind is p.POSITIONAL_ONLY else p for p in signature.parameters.values()]
+        forward.__signature__ = signature.replace(parameters=[own, *others])  # type: ignore[attr-defined]
+        _CLASSES[key] = type("ProgramModule", (ProgramModule,), {"forward": forward})
+    return _CLASSES[key]
+
+
 def _compile(graph: fx.Graph, names: Mapping[str, str], taps: tuple[str, ...], *, training: bool) -> Callable[..., Any]:
     """The graph as a Python function ``f(module, *flat inputs)``."""
     copy = fx.Graph()
@@ -86,7 +112,7 @@ def _compile(graph: fx.Graph, names: Mapping[str, str], taps: tuple[str, ...], *
         if node.op == "placeholder" and node.name in names:
             mapping[node] = copy.create_node("get_attr", names[node.name], name=node.name)
         elif node.op == "output":
-            outputs = [mapping[n] if isinstance(n, fx.Node) else n for n in node.args[0]]
+            outputs = [mapping[n] if isinstance(n, fx.Node) else n for n in arguments(node)[0]]
             by_name = {old.name: new for old, new in mapping.items()}
             copy.output(tuple(outputs) + tuple(by_name[t] for t in taps))
         else:
@@ -122,13 +148,15 @@ def interpret(
     graph: fx.Graph,
     tensors: Mapping[str, Tensor],
     inputs: tuple[Any, ...],
-    visit: Callable[[fx.Node, Any, tuple[Any, ...]], Any],
+    visit: Callable[[fx.Node, Any, tuple[Any, ...]], Any] | None = None,
+    feed: Callable[[fx.Node, tuple[Any, ...]], tuple[Any, ...]] | None = None,
 ) -> Any:
     """Runs the graph node by node; ``visit(node, value, args)`` may replace each operation's value.
 
     Args:
         inputs: flattened.
         visit: gets the node, its value and its evaluated arguments; returns the value to go on with.
+        feed: gets the node and its evaluated arguments before it runs; returns the arguments to run it with.
 
     Returns:
         The flat outputs.
@@ -144,9 +172,34 @@ def interpret(
         else:
             args = fx.map_arg(node.args, lambda n: values[n])
             kwargs = fx.map_arg(node.kwargs, lambda n: values[n])
-            values[node] = visit(node, node.target(*args, **kwargs), args)  # type: ignore[operator]
+            if feed is not None:
+                args = feed(node, args)
+            value = run(node, args, kwargs)
+            values[node] = value if visit is None else visit(node, value, args)
             for used in node.all_input_nodes:
                 remaining[used] -= 1
                 if not remaining[used]:
                     del values[used]
     return None
+
+
+def call_inputs(program: Program, call: Call) -> tuple[Any, ...]:
+    """A call's arguments in the order of the program's inputs.
+
+    Raises:
+        DataError: if the call has another structure than the example, or a tensor of another shape beyond the batch.
+    """
+    flat, spec = pytree.tree_flatten((call.args, call.kwargs))
+    if spec != program.in_spec:
+        raise DataError(f"a batch calls the model as {spec}, but the example was {program.in_spec}: all batches must have one structure")
+    for name, x, example in zip(program.inputs, flat, program.example, strict=True):
+        if isinstance(x, Tensor) and isinstance(example, Tensor) and x.shape[1:] != example.shape[1:]:
+            raise DataError(
+                f"input {name!r} of a batch has shape {tuple(x.shape)}; the example had {tuple(example.shape)} (only the batch may differ)"
+            )
+    return tuple(flat)
+
+
+def restore_outputs(program: Program, flat: Any) -> Any:
+    """Flat outputs in the model's own structure."""
+    return pytree.tree_unflatten(list(flat), program.out_spec)

@@ -11,7 +11,38 @@ from shohin.errors import ModelError
 
 #: operators whose result may share memory with their first argument
 ALIASES = frozenset(
-    ["view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "expand", "expand_as", "slice", "select", "unbind", "split", "split_with_sizes", "chunk", "squeeze", "unsqueeze", "detach", "alias", "movedim", "swapaxes", "narrow", "diagonal", "unfold", "view_as", "contiguous", "to", "dropout", "getitem", "as_strided"]
+    [
+        "view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "permute",
+        "transpose",
+        "t",
+        "expand",
+        "expand_as",
+        "slice",
+        "select",
+        "unbind",
+        "split",
+        "split_with_sizes",
+        "chunk",
+        "squeeze",
+        "unsqueeze",
+        "detach",
+        "alias",
+        "movedim",
+        "swapaxes",
+        "narrow",
+        "diagonal",
+        "unfold",
+        "view_as",
+        "contiguous",
+        "to",
+        "dropout",
+        "getitem",
+        "as_strided",
+    ]
 )
 
 

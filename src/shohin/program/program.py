@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,11 +36,12 @@ class Program:
     Args:
         graph: placeholders (parameters, buffers and constants, then inputs), operations, output. Every operation is functional.
         names: placeholder node name -> qualified tensor name, for tensors that the model owns.
-        tensors: qualified name -> the model's own tensor (never a copy).
+        tensors: qualified name -> the model's own tensor (never a copy); tied tensors under each of their names.
         trainable: names that are parameters (the rest are buffers or constants).
         inputs: input placeholder node names, in flattened order.
         in_spec, out_spec: pytree specs of ``(args, kwargs)`` and of the outputs.
         example: flattened example inputs, batch >= 2.
+        signature: of the model's forward, without ``self``.
         origins: operation node name -> `Origin`.
         sources: (node name, flattened argument position) -> the attribute that gave this integer, where it is known.
         remarks: what lies outside the program (hooks, static batch...), one sentence each.
@@ -53,6 +55,7 @@ class Program:
     in_spec: Any
     out_spec: Any
     example: tuple[Any, ...]
+    signature: inspect.Signature
     origins: Mapping[str, Origin]
     sources: Mapping[tuple[str, int], Source] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()

@@ -8,6 +8,7 @@ values are never confused, because values are not compared to find a source.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from shohin.program.nodes import arguments, flatten
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,24 @@ class Tagged(int):
             return Tagged(int(self) // other, Source(self.source.factors, self.source.multiply, self.source.divide * other))
         return int(self) // other
 
+    __hash__ = int.__hash__
+
+
+def _plain(function: Any, *, reflected: bool = False) -> Any:
+    """An operator that forgets the source. Symbolic sizes know plain ints only, so none may be left to `int` itself."""
+
+    def method(self: Tagged, other: Any) -> Any:
+        mine, theirs = int(self), int(other) if type(other) is Tagged else other
+        return function(theirs, mine) if reflected else function(mine, theirs)
+
+    return method
+
+
+for _name in ("add", "sub", "mod", "truediv", "pow", "eq", "ne", "lt", "le", "gt", "ge"):
+    setattr(Tagged, f"__{_name}__", _plain(getattr(operator, _name)))
+for _name in ("add", "sub", "mod", "truediv", "pow", "floordiv"):
+    setattr(Tagged, f"__r{_name}__", _plain(getattr(operator, _name), reflected=True))
+
 
 def tag(model: nn.Module) -> None:
     """Replaces the ints that the modules of ``model`` hold by tagged ones, in place (the model must be a private copy)."""
@@ -141,27 +162,19 @@ class Recorder(TorchFunctionMode):
 
         kwargs = kwargs or {}
         mode = get_proxy_mode()
-        flat = list(_flatten(args)) if mode is not None else []
-        if mode is None or not any(type(v) is Tagged for v in (*flat, *_flatten(tuple(kwargs.values())))):
+        flat = flatten(args) if mode is not None else []
+        if mode is None or not any(type(v) is Tagged for v in (*flat, *flatten(tuple(kwargs.values())))):
             return func(*args, **kwargs)
         nodes = mode.tracer.graph.nodes
         before = len(nodes)
         result = func(*args, **kwargs)
-        created = []
+        created: list[tuple[str, str]] = []
         for node in reversed(nodes):
             if len(created) >= len(nodes) - before:
                 break
             created.append((node.name, str(node.target)))
         self.calls.append((created, flat, kwargs))
         return result
-
-
-def _flatten(value: Any) -> Iterator[Any]:
-    if isinstance(value, (tuple, list)):
-        for v in value:
-            yield from _flatten(v)
-    else:
-        yield value
 
 
 def locate(calls: list[Any], graph: torch.fx.Graph) -> dict[tuple[str, int], Source]:
@@ -177,7 +190,7 @@ def locate(calls: list[Any], graph: torch.fx.Graph) -> dict[tuple[str, int], Sou
             node = by_name.get(name)
             if node is None or node.op != "call_function" or str(node.target) != target or not hasattr(node.target, "_schema"):
                 continue
-            arguments = list(_flatten(node.args))
+            arguments = flatten(node.args)
             for position, value in enumerate(flat[: len(arguments)]):
                 if type(value) is Tagged and type(arguments[position]) in (int, Tagged) and int(arguments[position]) == int(value):
                     found[name, position] = value.source
@@ -190,7 +203,8 @@ def locate(calls: list[Any], graph: torch.fx.Graph) -> dict[tuple[str, int], Sou
 def _positions(node: torch.fx.Node, kwargs: dict[str, Any]) -> Iterator[tuple[int, str]]:
     """Flattened positions of keyword arguments in the node's positional arguments."""
     position = 0
-    for argument, value in zip(node.target._schema.arguments, node.args, strict=False):  # type: ignore[union-attr]
+    target: Any = node.target
+    for argument, value in zip(target._schema.arguments, arguments(node), strict=False):
         if argument.name in kwargs:
             yield position, argument.name
-        position += len(list(_flatten(value)))
+        position += len(flatten(value))

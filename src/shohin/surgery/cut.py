@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from shohin.graph import Graph
 from shohin.plan import Plan
 from shohin.program import Place, Program, structural_copy
+from shohin.program.nodes import flatten
 from shohin.surgery.proof import Proof, prove
 from shohin.surgery.rewrite import Rewritten, rewrite
 from shohin.surgery.view import view_of
@@ -73,6 +74,7 @@ def cut(model: nn.Module, graph: Graph, plan: Plan, *, form: str = "module") -> 
             if proof.holds:
                 return Cut(repaired, "module", "", proof, removed, rewritten)
             reason = f"the repaired class does not equal the view: {proof.where}, relative error {proof.error:.1e}"
+            reason = _sourceless(graph.program, rewritten) or reason
     again = view_of(graph, rewritten)
     again.train(model.training)
     return Cut(again, "program", reason, prove(graph.program, again, view), removed, rewritten)
@@ -92,9 +94,8 @@ def _repair(model: nn.Module, graph: Graph, plan: Plan, rewritten: Rewritten) ->
             return f"the skipped region {name} is part of a forward, not a module of its own"
     replace: dict[int, Any] = {}
     for name in rewritten.kept:
-        tensor = program.tensors[name]
-        sliced = rewritten.slice(name, tensor.detach()).clone()
-        replace[id(tensor)] = nn.Parameter(sliced, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else sliced
+        tensor, own = program.tensors[name], rewritten.own(name)
+        replace[id(tensor)] = nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own
     for tensor in (*model.parameters(), *model.buffers()):
         if id(tensor) not in replace:
             own = tensor.detach().clone()
@@ -111,20 +112,17 @@ def _repair(model: nn.Module, graph: Graph, plan: Plan, rewritten: Rewritten) ->
 
 
 def _wanted(program: Program, rewritten: Rewritten) -> dict[Place, int] | str:
-    """Place -> new value, or why there is none: a constant without a source, or a source asked for two values.
+    """Place -> new value, or why there is none: a source asked for two values.
 
-    Every position that a source reaches is a constraint, also those that do not change. Sources with one factor are solved
+    A constant without a source may follow by itself (it was read off a shape): the proof decides. Every position that a source reaches is a constraint, also those that do not change. Sources with one factor are solved
     first, then products with one unknown factor.
     """
     changes = {(c.node, c.position): c for c in rewritten.changes}
     nodes = {n.name: n for n in program.graph.nodes}
     left = {n.name for n in rewritten.graph.nodes}
-    for (node, position), change in changes.items():
-        if (node, position) not in program.sources:
-            return f"the constant {change.old} at {_where(program, node)} has no known source and must become {change.new}"
     constraints = []
     for key, source in program.sources.items():
-        value = changes[key].new if key in changes else _argument(nodes[key[0]].args, key[1])
+        value = changes[key].new if key in changes else flatten(nodes[key[0]].args)[key[1]]
         if key[0] in left and isinstance(value, int):
             constraints.append((source, value, key))
     known: dict[Place, int] = {}
@@ -139,23 +137,17 @@ def _wanted(program: Program, rewritten: Rewritten) -> dict[Place, int] | str:
     return {place: value for place, value in known.items() if value != current[place]}
 
 
+def _sourceless(program: Program, rewritten: Rewritten) -> str:
+    """Names the first constant that had to change and whose source is not known."""
+    for change in rewritten.changes:
+        if (change.node, change.position) not in program.sources:
+            return f"the constant {change.old} at {_where(program, change.node)} has no known source and must become {change.new}"
+    return ""
+
+
 def _where(program: Program, node: str) -> str:
     origin = program.origins.get(node)
     return f"{origin.address}: {origin.line}" if origin else node
-
-
-def _argument(args: Any, position: int) -> Any:
-    flat: list[Any] = []
-
-    def walk(value: Any) -> None:
-        if isinstance(value, (tuple, list)):
-            for v in value:
-                walk(v)
-        else:
-            flat.append(value)
-
-    walk(args)
-    return flat[position]
 
 
 def _assign(module: nn.Module, attribute: str, index: int | None, value: int) -> None:

@@ -76,11 +76,14 @@ def _compare(program: Program, a: nn.Module, b: nn.Module, inputs: list[Any], ge
         found = {f"output {i}": t.detach() for i, t in enumerate(outputs)}
         loss = sum(((t * w).sum() for t, w in zip(outputs, weights, strict=True) if t.requires_grad), torch.zeros(()))
         if isinstance(loss, Tensor) and loss.requires_grad:
-            named = {n: p for n, p in module.named_parameters() if p.requires_grad}
+            named = {n: p for n, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
+            distinct = list({id(p): p for p in named.values()}.values())
             leaves = [t for t in flat if isinstance(t, Tensor) and t.requires_grad]
-            grads = torch.autograd.grad(loss, [*named.values(), *leaves], allow_unused=True)
-            keys = [*(f"gradient of {n}" for n in named), *(f"gradient of input {i}" for i in range(len(leaves)))]
-            found.update({k: g for k, g in zip(keys, grads, strict=True) if g is not None})
+            grads = torch.autograd.grad(loss, [*distinct, *leaves], allow_unused=True)
+            of = {id(p): g for p, g in zip(distinct, grads, strict=False)}
+            keyed = {f"gradient of {n}": of[id(p)] for n, p in named.items()}
+            keyed |= {f"gradient of input {i}": g for i, g in enumerate(grads[len(distinct) :])}
+            found.update({k: g for k, g in keyed.items() if g is not None})
         results.append(found)
     worst, where = 0.0, ""
     first, second = results

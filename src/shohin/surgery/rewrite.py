@@ -17,9 +17,10 @@ from torch import Tensor, fx
 from shohin.errors import ShohinError
 from shohin.graph import Graph, kept_indices
 from shohin.graph.labels.core import Array, Labels
-from shohin.graph.labels.movement import MOVEMENT
+from shohin.graph.labels.movement import MOVEMENT, move
 from shohin.plan import Plan
-from shohin.program import family
+from shohin.program import concrete, family
+from shohin.program.nodes import argument, arguments, flatten, run
 
 
 class CannotRewrite(ShohinError):
@@ -51,12 +52,19 @@ class Rewritten:
         kept: tensor name -> {axis: kept indices}, for tensors that are sliced.
         changes: every integer that changed.
         mended: node names that needed more than an integer (a scale written out, a split made uneven).
+        tensors: the model's own, whole.
     """
 
     graph: fx.Graph
     kept: Mapping[str, Mapping[int, Array]]
     changes: tuple[Change, ...]
     mended: tuple[str, ...]
+    tensors: Mapping[str, Tensor]
+
+    def own(self, name: str) -> Tensor:
+        """A copy of what stays of the model's own tensor."""
+        tensor = self.tensors[name].detach()
+        return self.slice(name, tensor) if self.kept.get(name) else tensor.clone()
 
     def slice(self, name: str, tensor: Tensor) -> Tensor:
         """The part of a named tensor that stays."""
@@ -124,14 +132,14 @@ def rewrite(graph: Graph, plan: Plan) -> Rewritten:
             except CannotRewrite as error:
                 origin = program.origins[node.name]
                 raise CannotRewrite(f"{origin.address}: {error}" + (f" ({origin.line})" if origin.line else "")) from None
-    result.eliminate_dead_code()
-    _drop_unused_placeholders(result, program.names)
-    return Rewritten(result, kept, tuple(work.changes), tuple(work.mended))
+    _drop_unused(result, program.names)
+    return Rewritten(result, kept, tuple(work.changes), tuple(work.mended), program.tensors)
 
 
-def _drop_unused_placeholders(graph: fx.Graph, names: Mapping[str, str]) -> None:
-    for node in list(graph.nodes):
-        if node.op == "placeholder" and node.name in names and not node.users:
+def _drop_unused(graph: fx.Graph, names: Mapping[str, str]) -> None:
+    """Every operation is functional, so what nobody reads can go (torch's own pass keeps attention and dropout for their seeds)."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and (node.op == "call_function" or (node.op == "placeholder" and node.name in names)):
             graph.erase_node(node)
 
 
@@ -168,12 +176,12 @@ def _follow(work: _Work, node: fx.Node, copy: fx.Node) -> None:
         _check_movement(work, node, copy)
 
 
-def _set(work: _Work, node: fx.Node, copy: fx.Node, argument: int, value: Any) -> None:
+def _set(work: _Work, node: fx.Node, copy: fx.Node, place: int, value: Any) -> None:
     """Replaces one argument and logs which integers changed."""
-    old = node.args[argument]
-    start = sum(_count(a) for a in node.args[:argument])
+    old = arguments(node)[place]
+    start = len(flatten(arguments(node)[:place]))
     args = list(copy.args)
-    args[argument] = value
+    args[place] = value
     copy.args = tuple(args)
     olds = list(old) if isinstance(old, (list, tuple)) else [old]
     news = list(value) if isinstance(value, (list, tuple)) else [value]
@@ -182,14 +190,9 @@ def _set(work: _Work, node: fx.Node, copy: fx.Node, argument: int, value: Any) -
             work.changes.append(Change(node.name, start + i, a, b))
 
 
-def _count(value: Any) -> int:
-    return sum(_count(v) for v in value) if isinstance(value, (list, tuple)) else 1
-
-
-def _sizes(work: _Work, node: fx.Node, copy: fx.Node, argument: int, wanted: Sequence[int], before: Sequence[int]) -> None:
+def _sizes(work: _Work, node: fx.Node, copy: fx.Node, place: int, wanted: Sequence[int], before: Sequence[int]) -> None:
     """Rewrites a list of sizes so that it gives ``wanted`` where it gave ``before``."""
-    sizes = list(node.args[argument])  # type: ignore[arg-type]
-    new = list(copy.args[argument])  # type: ignore[arg-type]
+    sizes, new = list(arguments(node)[place]), list(arguments(copy)[place])
     for i, size in enumerate(sizes):
         if wanted[i] == before[i] or (isinstance(size, int) and size == -1):
             continue
@@ -197,7 +200,7 @@ def _sizes(work: _Work, node: fx.Node, copy: fx.Node, argument: int, wanted: Seq
             new[i] = wanted[i]
         else:
             new[i] = _scaled(work, size, wanted[i], before[i])
-    _set(work, node, copy, argument, new)
+    _set(work, node, copy, place, new)
 
 
 def _scaled(work: _Work, size: Any, wanted: int, before: int) -> fx.Node:
@@ -224,14 +227,15 @@ def _view(work: _Work, node: fx.Node, copy: fx.Node) -> None:
 def _unflatten(work: _Work, node: fx.Node, copy: fx.Node) -> None:
     labels = work.of(node)
     if labels is not None:
-        start = int(node.args[1]) % (len(labels.shape) - len(node.args[2]) + 1)  # type: ignore[arg-type]
-        stop = start + len(node.args[2])  # type: ignore[arg-type]
+        _, axis, sizes = arguments(node)[:3]
+        start = axis % (len(labels.shape) - len(sizes) + 1)
+        stop = start + len(sizes)
         _sizes(work, node, copy, 2, work.shape(labels)[start:stop], labels.shape[start:stop])
 
 
 def _axis(node: fx.Node, position: int, rank: int, default: int = 0) -> int:
-    value = node.args[position] if len(node.args) > position else node.kwargs.get("dim", default)
-    return int(value) % rank  # type: ignore[arg-type]
+    value: Any = argument(node, position, node.kwargs.get("dim", default))
+    return int(value) % rank
 
 
 def _pieces(work: _Work, node: fx.Node, copy: fx.Node) -> None:
@@ -248,11 +252,11 @@ def _pieces(work: _Work, node: fx.Node, copy: fx.Node) -> None:
         return
     total = sum(wanted)
     if family(node) == "chunk":
-        same = [len(c) for c in torch.arange(total).chunk(int(node.args[1]))]  # type: ignore[arg-type]
+        same = [len(c) for c in torch.arange(total).chunk(arguments(node)[1])]
         if same == wanted:
             return
     else:
-        if [len(c) for c in torch.arange(total).split(wanted[0])] == wanted:
+        if wanted[0] and [min(wanted[0], total - i) for i in range(0, total, wanted[0])] == wanted:
             _set(work, node, copy, 1, wanted[0])
             return
     copy.target = torch.ops.aten.split_with_sizes.default
@@ -269,10 +273,10 @@ def _slice(work: _Work, node: fx.Node, copy: fx.Node) -> None:
     kept = work.kept(source).get(axis)
     if kept is None:
         return
-    if len(node.args) > 4 and node.args[4] != 1:
+    if argument(node, 4, 1) != 1:
         raise CannotRewrite("a slice with a step cannot follow")
     for position in (2, 3):
-        value = node.args[position] if len(node.args) > position else None
+        value = argument(node, position)
         if isinstance(value, int):
             size = source.shape[axis]
             bound = value + size if value < 0 else value
@@ -289,7 +293,7 @@ def _select(work: _Work, node: fx.Node, copy: fx.Node) -> None:
     axis = _axis(node, 1, len(source.shape))
     kept = work.kept(source).get(axis)
     if kept is not None:
-        index = int(node.args[2]) % source.shape[axis]  # type: ignore[arg-type]
+        index = arguments(node)[2] % source.shape[axis]
         place = np.flatnonzero(kept == index)
         if not len(place):
             raise CannotRewrite("the selected index is removed")
@@ -303,25 +307,32 @@ def _narrow(work: _Work, node: fx.Node, copy: fx.Node) -> None:
     axis = _axis(node, 1, len(source.shape))
     kept = work.kept(source).get(axis)
     if kept is not None:
-        _set(work, node, copy, 2, int((kept < int(node.args[2])).sum()))  # type: ignore[arg-type]
+        _set(work, node, copy, 2, int((kept < arguments(node)[2]).sum()))
         _set(work, node, copy, 3, work.shape(labels)[axis])
 
 
 def _layer_norm(work: _Work, node: fx.Node, copy: fx.Node) -> None:
     labels = work.of(node)
     if labels is not None:
-        count = len(node.args[1])  # type: ignore[arg-type]
+        count = len(arguments(node)[1])
         _sizes(work, node, copy, 1, work.shape(labels)[-count:], labels.shape[-count:])
 
 
 def _convolution(work: _Work, node: fx.Node, copy: fx.Node) -> None:
     """Depthwise convolutions have as many groups as input channels; other groups keep their number."""
-    groups = node.args[6] if len(node.args) > 6 else 1
+    groups = argument(node, 6, 1)
     source = work.of(node.args[0])
     if groups == 1 or source is None:
         return
     if source.shape[1] == groups:
         _set(work, node, copy, 6, work.shape(source)[1])
+
+
+def _group_norm(work: _Work, node: fx.Node, copy: fx.Node) -> None:
+    """As many groups as channels stay so; other groups keep their number."""
+    source = work.of(node.args[0])
+    if source is not None and source.shape[1] == arguments(node)[1]:
+        _set(work, node, copy, 1, work.shape(source)[1])
 
 
 def _attention(work: _Work, node: fx.Node, copy: fx.Node) -> None:
@@ -341,6 +352,7 @@ HANDLERS: dict[str, Handler] = {
     "narrow": _narrow,
     **dict.fromkeys(("layer_norm", "rms_norm"), _layer_norm),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _convolution),
+    "group_norm": _group_norm,
     "scaled_dot_product_attention": _attention,
 }
 
@@ -355,23 +367,26 @@ def _check_movement(work: _Work, node: fx.Node, copy: fx.Node) -> None:
         return tensor
 
     program = work.graph.program
-    parameters = {n: program.names[n.name] for n in node.all_input_nodes if n.name in program.names}
-    if any(program.tensors[name].is_floating_point() for name in parameters.values()):
-        return  # a parameter's own labels were settled with its planes; its slices are checked by the proof
     old = {work.new[n]: n for n in node.all_input_nodes}
 
     def value(n: fx.Node) -> Any:
         original = old.get(n)
         if original is None:
             return _evaluate(n, work)
-        if original in parameters:
-            return program.tensors[parameters[original]].detach().cpu()
+        name = program.names.get(original.name)
+        if name is not None and program.tensors[name].is_floating_point():
+            plane, *more = work.graph.planes[name]
+            if more:
+                raise CannotRewrite("a parameter that shrinks on several axes is moved")
+            return stays(Labels(plane, tuple(program.tensors[name].shape)))
         labels = work.graph.labels.get(original.name)
-        if isinstance(labels, Labels):
-            return stays(labels)
-        return _evaluate(n, work)
+        return stays(labels) if isinstance(labels, Labels) else _evaluate(n, work)
 
-    result = copy.target(*fx.map_arg(copy.args, value), **copy.kwargs)  # type: ignore[operator]
+    evaluated: Any = fx.map_arg(copy.args, value)
+    try:
+        result = move(copy, list(evaluated))
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise CannotRewrite(f"the operation does not run on what stays: {str(error).splitlines()[0]}") from None
     wanted = work.graph.labels[node.name]
     pairs = [(result, wanted)] if isinstance(wanted, Labels) else list(zip(result, wanted, strict=True))
     for got, labels in pairs:
@@ -380,10 +395,10 @@ def _check_movement(work: _Work, node: fx.Node, copy: fx.Node) -> None:
 
 
 def _evaluate(node: fx.Node, work: _Work) -> Any:
-    """A size of the example batch."""
+    """A size of the example batch, or a constant index."""
+    if node.op == "placeholder" and node.name in work.graph.program.names:
+        return work.graph.program.tensors[work.graph.program.names[node.name]].detach().cpu()
     if "val" in node.meta and not isinstance(node.meta["val"], (Tensor, tuple, list)):
-        from shohin.program import concrete
-
         return concrete(node.meta["val"])
-    args = fx.map_arg(node.args, lambda n: _evaluate(n, work))
-    return node.target(*args)  # type: ignore[operator]
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _evaluate(n, work))
+    return run(node, args, kwargs)

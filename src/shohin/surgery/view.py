@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from shohin.graph import Frozen, Graph, understand_program
 from shohin.plan import Plan
@@ -61,6 +61,17 @@ def view(graph: Graph, plan: Plan) -> ProgramModule:
 
 
 def view_of(graph: Graph, rewritten: Rewritten) -> ProgramModule:
-    """A module from a rewritten program; its tensors are copies."""
-    tensors = {name: rewritten.slice(name, tensor.detach()).clone() for name, tensor in graph.program.tensors.items()}
-    return ProgramModule(graph.program, rewritten.graph, tensors)
+    """A module from a rewritten program; its tensors are copies (of the kept parts only), tied where the model's are."""
+    program = graph.program
+    used = {program.names[n.name] for n in rewritten.graph.nodes if n.name in program.names}
+    wanted = {id(program.tensors[name]) for name in used}
+    copies: dict[int, Tensor] = {}
+    tensors = {}
+    for name, tensor in program.tensors.items():
+        if id(tensor) not in wanted:
+            continue
+        if id(tensor) not in copies:
+            own = rewritten.own(name)
+            copies[id(tensor)] = nn.Parameter(own, tensor.requires_grad) if name in program.trainable else own
+        tensors[name] = copies[id(tensor)]
+    return ProgramModule(program, rewritten.graph, tensors)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import fx
 
 from shohin.graph.labels.core import Array, Classes, Labels, compress, rigid
 from shohin.program import Program, concrete, family, shape_of
+from shohin.program.nodes import arguments, flatten, run
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,13 @@ class Parameter:
 
     Args:
         planes: label arrays of the parameter's own rank; an element is removed if any plane's label is.
+        plain: the only plane, once the parameter has been used as a plain tensor: no other may join it.
     """
 
     name: str
     shape: tuple[int, ...]
     planes: list[Array] = field(default_factory=list)
+    plain: Array | None = None
 
 
 Rule = Callable[["Context", fx.Node, tuple[Any, ...]], Any]
@@ -64,13 +67,18 @@ def rule(*families: str) -> Callable[[Rule], Rule]:
 
 
 class Context:
-    """State of one walk: classes, the labels of every node, what was frozen, and notes for later."""
+    """State of one walk: classes, the value of every node, what was frozen, and notes for later.
+
+    The value of a node is `Labels`, a `Parameter`, a tensor of integers that is known (a constant index), a number, or a
+    tuple of these.
+    """
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self.classes = Classes()
         self.frozen: list[tuple[Frozen, Array]] = []
         self.normalized: list[Array] = []
+        self.produced: set[tuple[str, int]] = set()
         self.parameters: dict[str, Parameter] = {}
         self.values: dict[fx.Node, Any] = {}
 
@@ -80,19 +88,40 @@ class Context:
             data = self.classes.find(value.data)
             return compress(data, value.shape) if (data != value.data).any() else value
         if isinstance(value, Parameter):
-            size = int(np.prod(value.shape))
-            if size > LARGEST_PLAIN or self.program.tensors[value.name].dtype in (torch.int64, torch.int32, torch.bool):
-                return rigid(value.shape)
-            if value.planes:
-                plane = value.planes[0]
-            else:
-                plane = self.classes.fresh(size).reshape(value.shape)
-                value.planes.append(plane)
-            return self.labels(Labels(plane, value.shape))
-        return rigid(())
+            if value.plain is None:
+                value.plain = self._plain(value)
+            return self.labels(Labels(value.plain, value.shape))
+        return rigid(tuple(value.shape)) if isinstance(value, torch.Tensor) else rigid(())
+
+    def _plain(self, parameter: Parameter) -> Array:
+        """The one plane of a parameter that is used as a plain tensor."""
+        size = int(np.prod(parameter.shape))
+        if len(parameter.planes) == 1:
+            return parameter.planes[0]
+        if not parameter.planes and 1 < size <= LARGEST_PLAIN:
+            parameter.planes.append(self.classes.fresh(size).reshape(parameter.shape))
+            return parameter.planes[0]
+        for plane in parameter.planes:
+            self._note(Frozen(parameter.name, "used whole and by its axes at once"), plane)
+        return np.zeros((1,) * len(parameter.shape), np.int64)
+
+    def _note(self, note: Frozen, labels: Array) -> None:
+        data = np.unique(self.classes.find(labels))
+        if data.any():
+            self.frozen.append((note, data[data > 0]))
+            self.classes.freeze(data)
+
+    def vector(self, value: Any, labels: Array) -> None:
+        """Says that index i of a bias, a scale or a statistic is removed with ``labels[i]``; computed ones are united."""
+        if isinstance(value, Parameter):
+            self.axis(value, 0, labels)
+        elif isinstance(value, (Labels, torch.Tensor)):
+            self.classes.unite(self.labels(value).data.reshape(-1), labels)
 
     def axis(self, parameter: Parameter, axis: int, labels: Array) -> None:
         """Says that index i of a parameter's axis is removed with ``labels[i]``."""
+        if parameter.shape[axis] == 1:
+            return  # the only index never goes
         shape = [1] * len(parameter.shape)
         shape[axis] = parameter.shape[axis]
         plane = labels.reshape(shape)
@@ -103,25 +132,35 @@ class Context:
             if all(o > 1 or n == 1 for o, n in zip(other.shape, shape, strict=True)):  # element labels: unite, index by index
                 self.classes.unite(other, plane)
                 return
+        if parameter.plain is not None:
+            self._note(Frozen(parameter.name, "used whole and by its axes at once"), plane)
+            return
         parameter.planes.append(plane)
+
+    def fixed(self, parameter: Parameter, axis: int) -> None:
+        """Says that a use of the parameter needs the whole axis: other uses may not shrink it."""
+        self.axis(parameter, axis, np.zeros(parameter.shape[axis], np.int64))
+
+    def collapse(self, x: Labels, axes: Iterable[int]) -> Labels:
+        """Unites labels that differ only along ``axes``: an operator mixes or treats alike what lies there."""
+        for axis in set(axes) & set(x.varying):
+            self.classes.unite(x.data, x.data.take([0], axis))
+            x = self.labels(x)
+        return x
 
     def freeze(self, node: fx.Node, reason: str, *values: Any) -> None:
         """Freezes all labels of the values, noting the reason."""
         origin = self.program.origins.get(node.name)
         note = Frozen(origin.address if origin else node.name, reason, origin.line if origin else "")
         for value in values:
-            data = value if isinstance(value, np.ndarray) else self.labels(value).data
-            data = np.unique(self.classes.find(data))
-            if data.any():
-                self.frozen.append((note, data[data > 0]))
-                self.classes.freeze(data)
+            self._note(note, value if isinstance(value, np.ndarray) else self.labels(value).data)
 
     def merge(self, node: fx.Node, *values: Any) -> Labels:
         """Labels of an elementwise result: labels that meet are united; what an operand lacks along an axis it broadcasts.
 
         A coarser operand (a gate of one value per head, met by head x dim) is linked: its element goes when all it meets go.
         """
-        operands = [self.labels(v) for v in values if isinstance(v, (Labels, Parameter))]
+        operands = [self.labels(v) for v in values if isinstance(v, (Labels, Parameter, torch.Tensor))]
         shape = np.broadcast_shapes(*[o.shape for o in operands])
         rank = len(shape)
         aligned = []
@@ -172,12 +211,13 @@ def propagate(program: Program) -> Context:
                 name = program.names[node.name]
                 if name not in context.parameters:
                     context.parameters[name] = Parameter(name, tuple(program.tensors[name].shape))
-                context.values[node] = _share(program, context, name)
+                tensor = program.tensors[name].detach()
+                context.values[node] = _share(program, context, name) if tensor.is_floating_point() else tensor.cpu()
             else:
                 value = given[node.name]
                 context.values[node] = rigid(tuple(value.shape)) if isinstance(value, torch.Tensor) else value
         elif node.op == "output":
-            for out in node.args[0]:
+            for out in arguments(node)[0]:
                 if isinstance(out, fx.Node):
                     context.freeze(node, "output of the model", *_tensors(context.values[out]))
         else:
@@ -197,30 +237,40 @@ def _share(program: Program, context: Context, name: str) -> Parameter:
 
 
 def _tensors(value: Any) -> list[Any]:
-    if isinstance(value, (Labels, Parameter)):
-        return [value]
-    if isinstance(value, (tuple, list)):
-        return [t for v in value for t in _tensors(v)]
-    return []
+    return [v for v in flatten(value) if isinstance(v, (Labels, Parameter, torch.Tensor))]
 
 
 def _apply(context: Context, node: fx.Node) -> Any:
-    args = fx.map_arg(node.args, lambda n: context.values[n])
-    name = family(node)
+    args: Any = fx.map_arg(node.args, lambda n: context.values[n])
+    kwargs: Any = fx.map_arg(node.kwargs, lambda n: context.values[n])
+    name, val = family(node), node.meta.get("val")
+    tensors = _tensors([*args, *kwargs.values()])
     if name == "sym_size":
-        return _tensors(args)[0].shape[args[1]]
+        return tensors[0].shape[args[1]]
     if node.target is operator.getitem:
         return args[0][args[1]]
-    if not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):  # arithmetic on sizes
-        return concrete(node.meta["val"]) if "val" in node.meta else node.target(*args)  # type: ignore[operator]
-    if name in RULES and not _tensors(list(node.kwargs.values())):
+    if not isinstance(val, (torch.Tensor, tuple, list)):  # arithmetic on sizes, or a number read off a tensor
+        context.freeze(node, f"operator {node.target} has no rule", *tensors)
+        return concrete(val) if val is not None else run(node, args, kwargs)
+    if isinstance(val, torch.Tensor) and all(isinstance(t, torch.Tensor) for t in tensors):
+        known = _constant(node, val, args, kwargs)
+        if known is not None:
+            return known
+    if name in RULES and not _tensors(list(kwargs.values())):
         result = RULES[name](context, node, args)
         if result is not NotImplemented:
             return result
-    tensors = _tensors(list(args))
-    if tensors:
-        context.freeze(node, f"operator {node.target} has no rule", *tensors)
-    val = node.meta["val"]
+    reason = "does not follow prunable axes here" if name in RULES else "has no rule"
+    context.freeze(node, f"operator {node.target} {reason}", *tensors)
     if isinstance(val, torch.Tensor):
         return rigid(shape_of(node))
     return [rigid(tuple(concrete(s) for s in v.shape)) if isinstance(v, torch.Tensor) else v for v in val]
+
+
+def _constant(node: fx.Node, val: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor | None:
+    """The value of an integer tensor that depends on no input and no weight: an index keeps its meaning through movement."""
+    tags = getattr(node.target, "tags", ())
+    if val.is_floating_point() or val.is_complex() or torch.Tag.nondeterministic_seeded in tags or val.device.type != "cpu":
+        return None
+    value = run(node, args, kwargs)
+    return value if isinstance(value, torch.Tensor) else None

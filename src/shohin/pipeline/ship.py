@@ -1,0 +1,235 @@
+"""From a program with values to a verified file: lower, inspect, compare with the view, measure, save."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from shohin.candidate import Candidate, Measurement, Metrics
+from shohin.data import Call
+from shohin.errors import RunError, TargetError
+from shohin.formats import Quantizer
+from shohin.pipeline.job import Job
+from shohin.plan import Plan
+from shohin.program import Program, ProgramModule, fold
+from shohin.quantization import Quantized, placeholder, quantizable, simulate
+from shohin.run import checksum, read_json, read_tensors, write_json, write_tensors
+from shohin.targets import Target
+from shohin.targets.parity import boundaries, parity
+
+#: largest difference between view and file, relative to the largest output: float files, and integer files (a rounding tie
+#: in float32 may move a code by one step, and the step grows through the net)
+TOLERANCES = {"float32": 1e-4, "int8": 0.05}
+
+
+def lower_program(
+    target: Target, program: Program, path: Path, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, folded: bool = True
+) -> tuple[nn.Module, list[str]]:
+    """Writes a float file. Returns the module it equals, and notes."""
+    module = ProgramModule(fold(program).program if folded else program)
+    lowered = target.lower(module, args, path, kwargs=kwargs)
+    return module, list(lowered.notes)
+
+
+def lower_quantized(
+    target: Target, quantized: Quantized, path: Path, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[nn.Module, dict[str, Quantizer], list[str]]:
+    """Writes an integer file. Returns the view that it equals, its activation grids by node, and notes."""
+    program = quantized.program
+    names = {n: (program.origins[n].address if n in program.origins else n) for n in quantized.activations}
+    taps = tuple(n for n in quantized.activations if n in program.origins)
+    lowered = target.lower(
+        ProgramModule(program, taps=taps),
+        args,
+        path,
+        kwargs=kwargs,
+        taps=[names[n] for n in taps],
+        activations={names[n]: q for n, q in quantized.activations.items()},
+        weights=quantized.weights,
+    )
+    used = {n: lowered.activations[names[n]] for n in quantized.activations if names[n] in lowered.activations}
+    notes = [f"{name}: {why}" for name, why in lowered.adjusted.items()] + list(lowered.notes)
+    return simulate(program, used), used, notes
+
+
+def lower_for_timing(
+    target: Target, program: Program, int8: frozenset[str], path: Path, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    """Writes a file with the right operations and meaningless grids."""
+    layers = int8 & set(quantizable(program))
+    if layers:
+        lower_quantized(target, placeholder(program, set(layers)), path, args, kwargs)
+    else:
+        lower_program(target, program, path, args, kwargs)
+
+
+def expected_formats(program: Program, quantized: Quantized | None) -> dict[str, str]:
+    """Weight name -> "int8" or "float32", for every layer."""
+    chosen = set(quantized.sites.layers.values()) if quantized else set()
+    weights = {}
+    for node in program.graph.nodes:
+        if node.op == "call_function" and program.origins[node.name].address in quantizable(program):
+            name = program.names[node.args[1].name]
+            weights[name] = "int8" if name in chosen else "float32"
+    return weights
+
+
+def verify_file(job: Job, view: nn.Module, path: Path, expected: Mapping[str, str], integer: bool) -> dict[str, Any]:
+    """`verify_export` on the first held-out batches of a job."""
+    return verify_export(job.target, view, path, expected, job.held_out[:2], integer=integer)
+
+
+def verify_export(
+    target: Target, view: nn.Module, path: Path, expected: Mapping[str, str], calls: Sequence[Call], *, integer: bool
+) -> dict[str, Any]:
+    """Parity at each boundary and the check of what really runs; inputs and the view's answers are stored beside the file.
+
+    Raises:
+        TargetError: if the file departs from the view.
+    """
+    view.eval()
+    inputs = [c.args for c in calls if not c.kwargs]
+    tolerance = TOLERANCES["int8" if integer else "float32"]
+    departs = target.check(path, expected)
+    if not inputs:
+        return {"boundaries": {}, "departs": departs, "tolerance": tolerance}
+    found = boundaries(view, path, inputs, tolerance, threads=target.threads)
+    if not _passes(found["view_runtime"], integer):
+        raise TargetError(
+            f"{path.name} does not equal the view: relative difference {found['view_runtime']['max_rel']:.2e} on the training batches, "
+            f"tolerance {tolerance}; the file is not handed over"
+        )
+    _store_parity(view, path, inputs[0], tolerance, integer)
+    return {"boundaries": found, "departs": departs, "tolerance": tolerance}
+
+
+def _store_parity(view: nn.Module, path: Path, args: tuple[Any, ...], tolerance: float, integer: bool, samples: int = 16) -> None:
+    """What `verify_stored` needs: a few inputs, the view's answers, the tolerance and the file's checksum."""
+    few = tuple(a[:samples] if isinstance(a, torch.Tensor) and a.dim() else a for a in args)
+    with torch.no_grad():
+        outputs = [t for t in torch.utils._pytree.tree_leaves(view(*few)) if isinstance(t, torch.Tensor)]
+    tensors = {f"input.{i}": a for i, a in enumerate(few) if isinstance(a, torch.Tensor)}
+    tensors |= {f"output.{i}": t for i, t in enumerate(outputs)}
+    write_tensors(path.with_name("parity.safetensors"), tensors)
+    write_json(path.with_name("parity.json"), {"tolerance": tolerance, "integer": integer, "checksum": checksum(path)})
+
+
+def verify_stored(path: Path) -> dict[str, Any]:
+    """Runs a file on the inputs stored beside it and compares with the view's stored answers.
+
+    Raises:
+        RunError: if nothing is stored beside the file, or the file is not the one that was stored.
+    """
+    from shohin.targets import get_target
+
+    facts = read_json(path.with_name("parity.json"))
+    if checksum(path) != facts["checksum"]:
+        raise RunError(f"{path} is damaged or was replaced: its checksum is not the stored one")
+    tensors = read_tensors(path.with_name("parity.safetensors"))
+    inputs = tuple(tensors[f"input.{i}"] for i in range(sum(k.startswith("input.") for k in tensors)))
+    outputs = [tensors[f"output.{i}"] for i in range(sum(k.startswith("output.") for k in tensors))]
+    runner = get_target("onnxruntime").runner(path)
+    found = parity(lambda *a: outputs, runner, [inputs], facts["tolerance"])
+    return {**found, "passes": _passes(found, facts["integer"])}
+
+
+def _passes(found: Mapping[str, Any], integer: bool) -> bool:
+    return bool(found["passes"]) or _mostly_equal(found, integer)
+
+
+def _mostly_equal(found: Mapping[str, Any], integer: bool) -> bool:
+    """Integer files: single outputs may differ by several steps while the signal-to-noise ratio shows rounding only."""
+    return integer and found["snr_db"] is not None and found["snr_db"] >= 30.0
+
+
+def finish(
+    job: Job,
+    name: str,
+    plan: Plan,
+    model: nn.Module,
+    view: nn.Module | None,
+    program: Program,
+    evidence: Mapping[str, Quantizer],
+    notes: Mapping[str, Any],
+    removed: dict[str, dict[int, list[int]]],
+) -> Candidate:
+    """Measures quality, size and static costs on the file that ``model.onnx`` in the candidate's folder is, and saves all."""
+    folder = job.folder(name)
+    path = folder / "model.onnx"
+    runner = job.target.runner(path)
+    quality = job.data.quality(runner)
+    metrics = Metrics(
+        quality=Measurement(quality, "measured: the metric over the shipped file, on validation", job.target.conditions),
+        size_bytes=Measurement(float(path.stat().st_size), "measured: bytes of the file"),
+        macs=Measurement(job.graph.macs(plan), "estimated: counted from shapes, one sample"),
+        params=Measurement(
+            float(sum(program.tensors[n].numel() for n in program.trainable if n in program.tensors)), "estimated: counted from shapes"
+        ),
+    )
+    candidate = Candidate(name, plan, model, view, dict(evidence), path, metrics, dict(notes), removed)
+    save(job, candidate)
+    return candidate
+
+
+def save(job: Job, candidate: Candidate) -> None:
+    """Writes a candidate's folder; candidate.json last, so that a candidate without one is unfinished."""
+    folder = job.folder(candidate.name)
+    if candidate.model is not None and not (folder / "model.safetensors").exists():
+        write_tensors(folder / "model.safetensors", {k: v for k, v in candidate.model.state_dict().items() if isinstance(v, torch.Tensor)})
+    write_json(folder / "candidate.json", candidate_json(candidate))
+
+
+def candidate_json(candidate: Candidate) -> dict[str, Any]:
+    """All but tensors and the file."""
+    folder = candidate.artifact.parent if candidate.artifact else None
+    files = ("model.onnx", "model.safetensors")
+    return {
+        "name": candidate.name,
+        "plan": candidate.plan.to_json(),
+        "metrics": candidate.metrics.to_json(),
+        "notes": candidate.notes,
+        "evidence": {name: q.to_json() for name, q in candidate.evidence.items()},
+        "removed": {name: {str(axis): gone for axis, gone in axes.items()} for name, axes in candidate.removed.items()},
+        "checksums": {f: checksum(folder / f) for f in files if folder and (folder / f).exists()},
+    }
+
+
+def baseline(job: Job) -> Candidate:
+    """The unchanged model as a candidate: exported as it is, verified, measured."""
+    path = job.folder("baseline") / "model.onnx"
+    view, notes = lower_program(job.target, job.graph.program, path, job.example, job.example_kwargs, folded=False)
+    checked = verify_file(job, view, path, expected_formats(job.graph.program, None), integer=False)
+    plan = Plan(job.graph.program.fingerprint)
+    facts = {"form": "original", "parity": checked, "lowering": notes, "format": "float32"}
+    return finish(job, "baseline", plan, job.model, None, job.graph.program, {}, facts, {})
+
+
+def with_latency(job: Job, names: list[str]) -> None:
+    """Measures the named candidates against each other: latency over five processes in one interleaving each, and peak memory."""
+    chosen = {name: job.candidates[name] for name in names}
+    files = {name: c.artifact for name, c in chosen.items() if c.artifact}
+    entry = job.run.once("measure", ",".join(names), lambda: _measure(job, files))
+    for name, c in chosen.items():
+        row = entry[name]
+        timing = row["timing"]
+        conditions = {**timing["conditions"], "ratio": row["ratio"], "ratio_low": row["low"], "ratio_high": row["high"]}
+        c.metrics = replace(
+            c.metrics,
+            latency_ms=Measurement(timing["value"], f"measured: {timing['how']}", conditions, timing["spread"]),
+            memory_bytes=Measurement.from_json(row["memory"]),
+        )
+        c.notes["latency_ratio"] = [row["ratio"], row["low"], row["high"]]
+        save(job, c)
+
+
+def _measure(job: Job, files: Mapping[str, Path]) -> dict[str, Any]:
+    ratios = job.target.compare(files, job.example, kwargs=job.example_kwargs, reference="baseline", seed=job.seed)
+    return {
+        name: {**ratio.to_json(), "memory": job.target.memory(files[name], job.example, kwargs=job.example_kwargs).to_json()}
+        for name, ratio in ratios.items()
+    }

@@ -1,0 +1,173 @@
+"""Profile: a latency model from whole-model timings of random plans, kept between runs on the same machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shohin.graph import Graph
+from shohin.pipeline.job import Job, cache_folder
+from shohin.pipeline.ship import lower_for_timing
+from shohin.plan import Plan
+from shohin.planning.choice import Choice
+from shohin.planning.features import Features
+from shohin.planning.latency import LatencyModel, random_choices
+from shohin.planning.options import GroupOptions, aligned_counts
+from shohin.program import Program, fold, with_graph
+from shohin.quantization import find_sites, quantizable
+from shohin.quantization.sites import JOINS, POOLS, activated
+from shohin.run import read_json, write_json
+from shohin.surgery import rewrite
+
+#: random plans that are timed for each precision
+TIMED = 8
+
+
+def group_counts(graph: Graph, vector_width: int) -> dict[str, GroupOptions]:
+    """Allowed widths of every group, multiples of the target's vector width in channels; losses are zero."""
+    out = {}
+    for group in graph.groups:
+        per_unit = max(index.shape[1] for axes in group.slices.values() for index in axes.values()) if group.slices else 1
+        multiple = max(1, vector_width // int(np.gcd(vector_width, per_unit)))
+        counts = aligned_counts(group.size, multiple, most=24)
+        out[group.name] = GroupOptions(group.name, group.size, counts, np.zeros(len(counts)))
+    return out
+
+
+def plan_of(graph: Graph, choice: Choice, saliency: dict[str, Any] | None = None) -> Plan:
+    """The plan that keeps the most salient units (the first ones, without saliency) and has the choice's formats."""
+    from shohin.planning.loss import kept_units
+
+    widths = {}
+    for name, count in choice.kept.items():
+        if count < graph.sizes[name]:
+            widths[name] = tuple(range(count)) if saliency is None else kept_units(saliency[name], count)
+    dead = {n for r in choice.skipped for n in graph.region(r).nodes}
+    addresses = {graph.program.origins[n].address for n in dead}
+    formats = dict.fromkeys(sorted((choice.int8 & set(graph.sites)) - addresses), "int8")
+    return Plan(graph.program.fingerprint, widths, tuple(choice.skipped), formats)
+
+
+def program_of(graph: Graph, plan: Plan) -> Program:
+    """The program through a plan, with sliced values."""
+    rewritten = rewrite(graph, plan)
+    tensors = {name: rewritten.slice(name, t.detach()) for name, t in graph.program.tensors.items()}
+    return with_graph(graph.program, rewritten.graph, tensors)
+
+
+def integer_operations(program: Program, layers: set[str]) -> frozenset[str]:
+    """Addresses of all operations that compute on integers when the layers do: sums and poolings between them, too."""
+    folded = fold(program).program
+    sites = find_sites(folded, layers)
+    found = set(sites.layers)
+    for node in folded.graph.nodes:
+        if node.op == "call_function":
+            name = str(node.target).split(".")[1] if str(node.target).startswith("aten.") else ""
+            if name in JOINS | POOLS and activated(node).name in sites.grids:
+                found.add(folded.origins[node.name].address)
+    return frozenset(found)
+
+
+def precisions(job: Job) -> dict[str, frozenset[str]]:
+    """Named assignments: float32, and where the target has integers int8 everywhere or but for the first or last layer.
+
+    A float layer among integer ones costs two conversions, so only contiguous segments are offered.
+    """
+    program = job.graph.program
+    out = {"float32": frozenset[str]()}
+    layers = quantizable(program)
+    if "quantize" not in job.methods or "int8" not in job.target.formats or not layers:
+        return out
+    out["int8"] = integer_operations(program, set(layers))
+    if len(layers) > 2:
+        out["int8, first layer float"] = integer_operations(program, set(layers[1:]))
+        out["int8, last layer float"] = integer_operations(program, set(layers[:-1]))
+    return out
+
+
+def profile(job: Job, tick: Any) -> LatencyModel:
+    """The latency model of the job's graph on its target (journaled; timings are cached by machine and conditions)."""
+    graph = job.graph
+    features = Features(graph.costs)
+    options = group_counts(graph, job.target.vector_width)
+    kinds = precisions(job)
+    chosen = [kinds["float32"], *([kinds["int8"]] if "int8" in kinds else [])]
+    regions = [r.name for r in graph.regions] if "skip" in job.methods else []
+    choices = random_choices(options, TIMED, 0, regions=regions, precisions=chosen)  # one set for all seeds: it is cached
+    data = job.run.once("profile", "", lambda: _profile(job, features, choices, tick))
+    return LatencyModel.fit(features, choices, data["ms"])
+
+
+def _profile(job: Job, features: Features, choices: Sequence[Choice], tick: Any) -> dict[str, Any]:
+    timed = time_choices(job, choices, tick)
+    ms = [timed[c.digest]["ms"] for c in choices]
+    model = LatencyModel.fit(features, choices, ms)
+    spreads = [timed[c.digest]["spread"] for c in choices]
+    return {
+        "ms": ms,
+        "sizes": [timed[c.digest]["bytes"] for c in choices],
+        "repeatability": float(np.median(spreads)),
+        "leave_one_out": {"median": float(np.median(model.errors)), "worst": float(model.errors.max())},
+        "layers": layer_rows(job.graph, model, choices[0]),
+        "environment": job.target.environment(),
+    }
+
+
+def layer_rows(graph: Graph, model: LatencyModel, whole: Choice) -> list[dict[str, Any]]:
+    """The table of layers: MACs, parameters, attributed milliseconds."""
+    times = model.operator_ms(whole)
+    rows = []
+    for op in graph.costs:
+        macs, _, weights = op.amounts(whole.kept)
+        rows.append(
+            {
+                "address": op.address,
+                "kind": op.kind,
+                "macs": macs,
+                "params": weights,
+                "bytes": 4 * weights,
+                "ms_before": times[op.address],
+                "format": "float32",
+            }
+        )
+    return rows
+
+
+def time_choices(job: Job, choices: Sequence[Choice], tick: Any) -> dict[str, dict[str, float]]:
+    """Choice digest -> {"ms", "spread", "bytes"}, measured in one interleaving, or from the cache."""
+    key = _cache_key(job, choices)
+    cached = cache_folder() / "latency" / f"{key}.json"
+    if cached.exists():
+        found: dict[str, dict[str, float]] = read_json(cached)
+        return found
+    with tempfile.TemporaryDirectory(prefix="shohin-") as folder:
+        files = {}
+        for choice in choices:
+            path = Path(folder) / f"{choice.digest}.onnx"
+            if choice.digest not in files:
+                lower_for_timing(
+                    job.target, program_of(job.graph, plan_of(job.graph, choice)), choice.int8, path, job.example, job.example_kwargs
+                )
+                files[choice.digest] = path
+            tick()
+        timings = job.target.measure(files, job.example, kwargs=job.example_kwargs, seed=job.seed)
+        result = {d: {"ms": t.value, "spread": t.spread, "bytes": float(files[d].stat().st_size)} for d, t in timings.items()}
+    write_json(cached, result)
+    return result
+
+
+def _cache_key(job: Job, choices: Sequence[Choice]) -> str:
+    environment = job.target.environment()
+    parts = [
+        job.graph.program.fingerprint,
+        sorted(environment.items(), key=str),
+        [c.digest for c in choices],
+        [list(x.shape) if hasattr(x, "shape") else str(x) for x in job.example],
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]

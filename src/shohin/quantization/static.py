@@ -1,0 +1,237 @@
+"""Static integer quantization of a program: ranges from data, weights on a grid, biases corrected in one ordered pass.
+
+Bias correction follows Nagel et al., "Data-Free Quantization" (1906.04721), section 4.2, with measured means: each layer's
+bias absorbs the mean shift that its snapped weights and already snapped inputs cause.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from shohin.data import Call
+from shohin.errors import DataError, PlanError
+from shohin.evidence.histogram import Histogram
+from shohin.evidence.ranges import grid, mse_range, percentile_range
+from shohin.formats import Quantizer, named_format
+from shohin.program import Folded, Program, call_inputs, family, fold, interpret
+from shohin.program.nodes import argument
+from shohin.quantization.simulate import simulate
+from shohin.quantization.sites import CONVOLUTIONS, Sites, find_sites, quantizable
+
+#: the least scale of each output channel of a weight (a target's rule, for example pair-safe scales), or None
+LeastScale = Callable[[Tensor, int], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """A program that computes on integers.
+
+    Args:
+        folded: the folded program; its tensors are snapped to their grids.
+        activations: node name -> quantizer.
+        weights: tensor name -> quantizer.
+        sites: the sites.
+    """
+
+    folded: Folded
+    activations: Mapping[str, Quantizer]
+    weights: Mapping[str, Quantizer]
+    sites: Sites
+
+    @property
+    def program(self) -> Program:
+        """The folded program with snapped tensors."""
+        return self.folded.program
+
+    def view(self) -> torch.nn.Module:
+        """The module that simulates all bits."""
+        return simulate(self.program, self.activations)
+
+    def by_address(self) -> dict[str, Quantizer]:
+        """Activation quantizers by address, weight quantizers by parameter name: a candidate's evidence."""
+        origins = self.program.origins
+        return {**{origins[n].address if n in origins else n: q for n, q in self.activations.items()}, **self.weights}
+
+
+def quantize_program(
+    program: Program,
+    layers: set[str],
+    calls: Sequence[Call],
+    *,
+    weight_format: str = "int8",
+    activation_format: str = "uint8",
+    ranges: str = "mse",
+    least_scale: LeastScale | None = None,
+    correct_bias: bool = True,
+) -> Quantized:
+    """Quantizes the layers at the given addresses; the rest stays float.
+
+    Args:
+        program: with the values to quantize (trained, cut...).
+        layers: addresses of convolutions and linear layers.
+        calls: calibration batches, iterated twice.
+        ranges: "mse" (least squared error), "percentile" (99.99 % of values) or "minmax".
+        least_scale: (weight, groups) -> least scale of each output channel, in the weight's unit.
+
+    Raises:
+        DataError: if there is no calibration data or it holds NaN.
+        PlanError: if an address is not a layer.
+    """
+    if not calls:
+        raise DataError("static quantization needs calibration batches: give Data(train=loader)")
+    folded = fold(program)
+    sites = find_sites(folded.program, layers)
+    unknown = layers - set(sites.layers)
+    if unknown:
+        raise PlanError(f"{sorted(unknown)[0]!r} is not a convolution or linear layer with a weight of the model")
+    histograms, means = _observe(folded.program, sites, calls)
+    activations = _activation_quantizers(sites, histograms, activation_format, ranges)
+    tensors = dict(folded.program.tensors)
+    weights = {}
+    for node in folded.program.graph.nodes:
+        origin = folded.program.origins.get(node.name)
+        if origin and origin.address in sites.layers:
+            name = sites.layers[origin.address]
+            if name not in weights:
+                groups = argument(node, 6, 1) if family(node) in CONVOLUTIONS else 1
+                weights[name] = weight_quantizer(tensors[name], weight_format, least_scale, groups)
+                tensors[name] = weights[name].fake(tensors[name].detach()).detach()
+    program = replace(folded.program, tensors=tensors)
+    if correct_bias:
+        program = replace(program, tensors=_corrected(program, sites, activations, calls, means))
+    return Quantized(Folded(program, folded.folded), activations, weights, sites)
+
+
+def placeholder(program: Program, layers: set[str]) -> Quantized:
+    """A quantized program with made-up activation grids, for timing: what it computes is meaningless, what it costs is not."""
+    folded = fold(program)
+    sites = find_sites(folded.program, layers & set(quantizable(folded.program)))
+    form = named_format("uint8")
+    own = {}
+    for name in sites.own:
+        positive = sites.low.get(name) == 0.0
+        own[name] = Quantizer(form, torch.tensor(6 / 255 if positive else 0.05, dtype=torch.float64), torch.tensor(0 if positive else 128))
+    weights = {name: weight_quantizer(folded.program.tensors[name], "int7", None, steps=0) for name in sites.layers.values()}
+    return Quantized(folded, {name: own[root] for name, root in sites.grids.items()}, weights, sites)
+
+
+def _observe(program: Program, sites: Sites, calls: Iterable[Call]) -> tuple[dict[str, Histogram], dict[str, tuple[Tensor, int]]]:
+    """Histograms of the sites that have their own grid, and channel sums of every integer layer's output."""
+    wanted = set(sites.own)
+    histograms = {name: Histogram() for name in sites.own}
+    means: dict[str, tuple[Tensor, int]] = {}
+
+    def visit(node: fx.Node, value: Any, args: tuple[Any, ...]) -> Any:
+        if node.name in wanted:
+            histograms[node.name].update(value)
+        origin = program.origins[node.name]
+        if origin.address in sites.layers:
+            total, count = _channel_sums(value, node)
+            before = means.get(node.name)
+            means[node.name] = (total, count) if before is None else (before[0] + total, before[1] + count)
+        return value
+
+    with torch.no_grad():
+        for call in calls:
+            inputs = call_inputs(program, call)
+            for name, x in zip(program.inputs, inputs, strict=True):
+                if name in wanted:
+                    histograms[name].update(x)
+            interpret(program, program.graph, program.tensors, inputs, visit)
+    return histograms, means
+
+
+def _channel_sums(value: Tensor, node: fx.Node) -> tuple[Tensor, int]:
+    axis = 1 if str(node.target).startswith("aten.conv") else value.dim() - 1
+    others = [d for d in range(value.dim()) if d != axis]
+    return value.double().sum(others), value.numel() // value.shape[axis]
+
+
+def _activation_quantizers(sites: Sites, histograms: Mapping[str, Histogram], format_name: str, ranges: str) -> dict[str, Quantizer]:
+    form = named_format(format_name)
+    own = {}
+    for name in sites.own:
+        histogram = histograms[name]
+        if ranges == "mse":
+            low, high = mse_range(histogram, form)
+        elif ranges == "percentile":
+            low, high = percentile_range(histogram)
+        elif ranges == "minmax":
+            low, high = histogram.low, histogram.high
+        else:
+            raise PlanError(f"unknown range method {ranges!r}; known: mse, percentile, minmax")
+        low = max(low, sites.low[name]) if name in sites.low else low
+        high = min(high, sites.high[name]) if name in sites.high else high
+        scale, zero = grid(low, high, form)
+        if name in sites.high and sites.low.get(name) == 0.0:
+            scale = min(scale, sites.high[name] / (form.high - form.low))
+        own[name] = Quantizer(form, torch.tensor(scale, dtype=torch.float64), torch.tensor(zero))
+    return {name: own[root] for name, root in sites.grids.items()}
+
+
+def weight_quantizer(
+    weight: Tensor, format_name: str, least_scale: LeastScale | None = None, groups: int = 1, steps: int = 40
+) -> Quantizer:
+    """Per-channel symmetric scales with the least squared error, none below the target's least scale.
+
+    Args:
+        weight: (out, in, *kernel).
+        groups: of the convolution.
+    """
+    form = named_format(format_name)
+    flat = weight.detach().double().reshape(len(weight), -1)
+    largest = flat.abs().amax(1).clamp_min(1e-12)
+    least = torch.zeros_like(largest) if least_scale is None else least_scale(weight.detach(), groups).double()
+    best = torch.maximum(largest / form.high, least)
+    error = _error(flat, best, form.high)
+    for share in torch.linspace(0.5, 0.99, steps).tolist():
+        scale = torch.maximum(largest * share / form.high, least)
+        e = _error(flat, scale, form.high)
+        best, error = torch.where(e < error, scale, best), torch.minimum(e, error)
+    return Quantizer(form, best, torch.zeros(len(weight), dtype=torch.int64), axis=0)
+
+
+def _error(flat: Tensor, scale: Tensor, high: int) -> Tensor:
+    s = scale[:, None]
+    return (flat - (flat / s).round().clamp(-high, high) * s).square().sum(1)
+
+
+def _corrected(
+    program: Program, sites: Sites, activations: Mapping[str, Quantizer], calls: Sequence[Call], means: Mapping[str, tuple[Tensor, int]]
+) -> dict[str, Tensor]:
+    """Tensors with corrected biases. All calibration batches go through each layer before the next is corrected."""
+    tensors = dict(program.tensors)
+    joined = _joined(program, calls)
+    grids = {name: (float(q.scale.float()), int(q.zero_point), q.format.low, q.format.high) for name, q in activations.items()}
+
+    def visit(node: fx.Node, value: Any, args: tuple[Any, ...]) -> Any:
+        if node.name in means and len(node.args) > 2 and isinstance(node.args[2], fx.Node):
+            total, count = _channel_sums(value, node)
+            shift = means[node.name][0] / means[node.name][1] - total / count
+            name = program.names[node.args[2].name]
+            tensors[name] = (tensors[name].detach().double() + shift).to(tensors[name].dtype)
+            shape = [1] * value.dim()
+            shape[1 if str(node.target).startswith("aten.conv") else -1] = -1
+            value = value + shift.to(value.dtype).reshape(shape)
+        return _snapped(value, grids[node.name]) if node.name in grids else value
+
+    with torch.no_grad():
+        inputs = [_snapped(x, grids[name]) if name in grids else x for name, x in zip(program.inputs, joined, strict=True)]
+        interpret(program, program.graph, program.tensors, tuple(inputs), visit)
+    return tensors
+
+
+def _snapped(x: Tensor, g: tuple[float, int, int, int]) -> Tensor:
+    scale, zero, low, high = g
+    return (torch.clamp(torch.round(x / scale) + zero, low, high) - zero) * scale
+
+
+def _joined(program: Program, calls: Sequence[Call], limit: int = 256) -> tuple[Any, ...]:
+    """All calls as one batch, at most ``limit`` samples."""
+    columns = list(zip(*[call_inputs(program, c) for c in calls], strict=True))
+    return tuple(torch.cat(list(column))[:limit] if isinstance(column[0], Tensor) else column[0] for column in columns)

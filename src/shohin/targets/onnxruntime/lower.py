@@ -1,0 +1,146 @@
+"""Lowering: a torch module and its quantizers to the one ONNX file that ships."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import nn
+
+from shohin.errors import TargetError, closest
+from shohin.formats import Quantizer
+from shohin.run import write_atomic
+from shohin.targets.base import Lowered
+from shohin.targets.onnxruntime import rules
+from shohin.targets.onnxruntime.edges import Layer, array, layers
+from shohin.targets.onnxruntime.export import export
+from shohin.targets.onnxruntime.qdq import insert_qdq
+from shohin.targets.onnxruntime.rewrite import drop_outputs, drop_unused, flatten_linears, fold_transposes, pool_means, rename, shield_float
+from shohin.targets.onnxruntime.signature import KEY
+
+if TYPE_CHECKING:
+    import onnx
+
+LAYERS, ALIASES = "shohin.layers", "shohin.aliases"
+_LIMIT = 2**31 - 2**20
+
+
+def lower(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    path: str | Path,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    taps: Sequence[str] = (),
+    activations: Mapping[str, Quantizer] | None = None,
+    weights: Mapping[str, Quantizer] | None = None,
+) -> Lowered:
+    """Writes an ONNX file (opset 20, one file, free batch), quantized where quantizers are given.
+
+    Args:
+        module: in eval mode. With taps it returns ``(outputs..., *taps)``.
+        args, kwargs: an example call; its batch is cut or repeated to 2, because export takes 1 for a constant.
+        path: of the file; replaced atomically.
+        taps: names for the extra outputs, in order. Each names its tensor in the file and is not an output of the file.
+        activations: tap or input name -> per-tensor 8-bit quantizer.
+        weights: parameter name -> quantizer, per tensor or per output channel.
+
+    Raises:
+        TargetError: if the module does not export, a name matches nothing, or a quantizer does not fit.
+    """
+    import onnx
+
+    activations, weights = dict(activations or {}), dict(weights or {})
+    if len(set(taps)) != len(taps):
+        raise TargetError(f"tap names must differ; twice: {sorted({t for t in taps if list(taps).count(t) > 1})}")
+    exported = export(module, args, kwargs or {}, taps)
+    model, aliases = exported.model, exported.aliases
+    tied = _untie(model, module)
+    pool_means(model)
+    transposed = fold_transposes(model)
+    own = set(exported.signature.outputs)
+    drop_outputs(model, set(taps) - own)
+    aliases.update(tied)
+    drop_unused(model)
+    found = layers(model, transposed)
+    by_name = tied | _resolve(model, module, found, {k: v for k, v in weights.items() if k not in tied})
+    chosen = {by_name.get(name, name): quantizer for name, quantizer in weights.items()}
+    outputs = {layer.weight: layer.output for layer in found}
+    flatten_linears(model, [layer for layer in found if layer.weight in chosen])
+    found = layers(model, transposed)
+    for index, layer in enumerate(found):  # optimizations keep node names: so a layer is found again in the optimized graph
+        again = sum(other.weight == layer.weight for other in found[:index])
+        layer.node.name = f"{layer.weight}:{again}" if again else layer.weight
+    asked = _by_tensor(model, activations, aliases)
+    fitted, reasons = rules.conform(model, asked, [layer for layer in found if layer.weight in chosen])
+    notes = rules.remarks(model, fitted, found, chosen)
+    shield_float(model, [layer for layer in found if layer.weight not in chosen], fitted)
+    insert_qdq(model, fitted, chosen, found)
+    del model.graph.value_info[:]
+    for key, value in ((KEY, exported.signature.to_json()), (LAYERS, json.dumps(outputs)), (ALIASES, json.dumps(aliases))):
+        model.metadata_props.add(key=key, value=value)
+    if model.ByteSize() > _LIMIT:
+        raise TargetError(f"the model is {model.ByteSize() / 2**30:.1f} GiB; a single ONNX file holds at most 2 GiB")
+    data = model.SerializeToString(deterministic=True)
+    onnx.checker.check_model(data)
+    path = Path(path)
+    write_atomic(path, data)
+    names = {name: aliases.get(name, name) for name in activations}
+    used = {name: fitted[tensor] for name, tensor in names.items() if tensor in fitted}
+    adjusted = {name: reasons[tensor] for name, tensor in names.items() if tensor in reasons}
+    return Lowered(path, len(data), used, adjusted, outputs, aliases, tuple(notes))
+
+
+def _untie(model: onnx.ModelProto, module: nn.Module) -> dict[str, str]:
+    """Names tied parameters by the first of their names; returns other name -> first name."""
+    first: dict[int, str] = {}
+    out = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            out[name] = first[id(parameter)]
+    held = {i.name for i in model.graph.initializer}
+    for name, original in out.items():
+        if name in held and original not in held:
+            rename(model, name, original)
+            held.add(original)
+    return out
+
+
+def _by_tensor(model: onnx.ModelProto, activations: Mapping[str, Quantizer], aliases: Mapping[str, str]) -> dict[str, Quantizer]:
+    """Quantizers by tensor of the graph; two names of one tensor must agree."""
+    tensors = {o for node in model.graph.node for o in node.output} | {i.name for i in model.graph.input}
+    out: dict[str, Quantizer] = {}
+    for name, quantizer in activations.items():
+        tensor = aliases.get(name, name)
+        if tensor not in tensors:
+            raise TargetError(f"no tap or input is named {name!r}{closest(name, [*aliases, *tensors])}")
+        if tensor in out and not rules.same(out[tensor], quantizer):
+            raise TargetError(f"{name!r} is another name of the tensor {tensor!r}, and their quantizers differ; give one of them")
+        out[tensor] = quantizer
+    return out
+
+
+def _resolve(model: onnx.ModelProto, module: nn.Module, found: Sequence[Layer], weights: Mapping[str, Quantizer]) -> dict[str, str]:
+    """Parameter name -> layer weight name in the file, for parameters that the export names otherwise (tied, or computed)."""
+    known = {layer.weight for layer in found} | {i.name for i in model.graph.initializer}
+    values = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    initializers = {i.name: i for i in model.graph.initializer}
+    out = {}
+    for name in weights:
+        if name in known:
+            continue
+        if name not in values:
+            raise TargetError(f"the model has no parameter {name!r}{closest(name, values)}")
+        value = values[name].detach().cpu().numpy()
+        for layer in found:
+            held = array(initializers[layer.initializer])
+            held = held.T if layer.transposed else held
+            if held.shape == value.shape and np.array_equal(held, value):
+                out[name] = layer.weight
+                break
+        else:
+            raise TargetError(f"no layer of the graph holds the values of the parameter {name!r}; is it used, and not computed from?")
+    return out

@@ -1,0 +1,434 @@
+"""The verbs beside `optimize`: each combines rooms and returns a `Candidate`; none changes the user's model."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from shohin.addresses import match
+from shohin.budget import Budget
+from shohin.candidate import Candidate, Measurement, Metrics
+from shohin.data import Call, Data
+from shohin.errors import DataError, ModelError, PlanError, RunError
+from shohin.graph import Graph
+from shohin.plan import Plan
+from shohin.program import capture, fold, unfold_state
+from shohin.result import Result
+from shohin.surgery import understand as _understand
+from shohin.targets import Target, get_target
+
+#: graphs of models that `understand` has seen, so that `cut(model, plan)` needs no example again
+_GRAPHS: weakref.WeakKeyDictionary[nn.Module, Graph] = weakref.WeakKeyDictionary()
+
+
+def understand(model: nn.Module, example: Any) -> Graph:
+    """What can be chosen in a model: ``.groups``, ``.regions``, ``.sites``, ``.costs``, ``.frozen``.
+
+    Args:
+        example: arguments of one call: a tensor, a tuple, or a `shohin.Data`. Dimension 0 is the batch.
+
+    Raises:
+        ModelError: if the model does not run on the example or cannot be captured.
+    """
+    if isinstance(example, Data):
+        example = example.example()
+    elif isinstance(example, Tensor):
+        example = (example,)
+    graph = _understand(model, example)
+    _GRAPHS[model] = graph
+    return graph
+
+
+def _graph(model: nn.Module, example: Any) -> Graph:
+    if example is not None:
+        return understand(model, example)
+    if model not in _GRAPHS:
+        raise ModelError("this model has not been understood yet: give example=(x,), or call shohin.understand(model, (x,)) first")
+    return _GRAPHS[model]
+
+
+def cut(model: nn.Module, plan: Plan, example: Any = None) -> nn.Module:
+    """A physically smaller copy: the user's own class where it could be repaired and proved, else the program as a module.
+
+    Args:
+        plan: its widths and skips are applied; formats are for `quantize` and `export`.
+        example: arguments of one call; not needed after `understand`.
+
+    Raises:
+        PlanError: if the plan is for another model. ModelError: if there is no example.
+    """
+    from shohin.surgery import cut as cut_
+
+    return cut_(model, _graph(model, example), plan).model
+
+
+def view(model: nn.Module, plan: Plan, example: Any = None) -> nn.Module:
+    """The model seen through a plan, as a program with sliced tensors. Arguments and errors as for `cut`."""
+    from shohin.surgery import view as view_
+
+    return view_(_graph(model, example), plan)
+
+
+def prune(
+    model: nn.Module,
+    data: Data,
+    keep: float = 0.5,
+    of: str = "macs",
+    criterion: str = "taylor",
+    granularity: str = "channel",
+    recover: str | None = "compensate",
+    *,
+    epochs: int = 5,
+    align: int = 8,
+    seed: int = 0,
+) -> Candidate:
+    """Removes units so that at most ``keep`` of the model's ``of`` is left.
+
+    Args:
+        keep: share in (0, 1].
+        of: "macs" or "params".
+        criterion: "taylor" (expected loss of removal, needs batches) or "magnitude" (squared weights of the producing
+            slices; Data(example=(x,)) is enough).
+        granularity: "channel" (any unit group: channels, heads, neurons).
+        recover: None; "compensate" (layer-wise least squares and new normalization statistics, unlabelled batches); or
+            "distill" (that, then ``epochs`` of distillation from the original).
+        align: kept channels are multiples of this.
+
+    Returns:
+        A candidate with ``.plan``, ``.model`` and ``.removed``.
+
+    Raises:
+        PlanError: for an unknown option, or a share that the model's groups cannot reach.
+        DataError: if batches are needed and there are none.
+    """
+    from shohin.pipeline.job import load_tensors, own_tensors
+    from shohin.pipeline.timing import group_counts, plan_of
+    from shohin.planning.features import Features
+    from shohin.planning.latency import LatencyModel
+    from shohin.planning.loss import loss_table
+    from shohin.planning.options import GroupOptions
+    from shohin.planning.relinearize import plan_for_budget
+    from shohin.planning.resources import Costs
+    from shohin.pruning.layerwise import refit
+    from shohin.pruning.saliency import group_saliency
+    from shohin.surgery import cut as cut_
+
+    _one_of("of", of, ("macs", "params"))
+    _one_of("criterion", criterion, ("taylor", "magnitude"))
+    _one_of("granularity", granularity, ("channel",))
+    _one_of("recover", recover, (None, "compensate", "distill"))
+    if not 0 < keep <= 1:
+        raise PlanError(f"keep must be a share in (0, 1]; got {keep}")
+    graph = understand(model, data)
+    calls = _calibration(data, seed) if data.has_batches else []
+    if criterion == "taylor":
+        saliency = {n: s.tolist() for n, s in group_saliency(graph, data, calls, seed=seed).items()}
+    else:
+        saliency = _magnitudes(graph)
+    options = [GroupOptions(g.name, g.size, g.counts, loss_table(saliency[g.name], g.counts)) for g in group_counts(graph, align).values()]
+    features = Features(graph.costs)
+    costs = Costs(LatencyModel(features, np.zeros(len(features.names)), (), np.zeros(0), 0.0))
+    from shohin.planning.choice import Choice
+
+    whole = costs.of(Choice(graph.sizes), [of])[of]
+    planned = plan_for_budget(costs, options, [], {of: keep * whole})
+    if not planned.feasible:
+        raise PlanError(
+            f"keep={keep} of {of} cannot be reached: {planned.binding}; frozen: {', '.join(f.address for f in graph.frozen[:4])}"
+        )
+    plan = plan_of(graph, planned.choice, saliency)
+    made = cut_(model, graph, plan)
+    notes: dict[str, Any] = {
+        "form": made.form,
+        "form_reason": made.reason,
+        "proof": made.proof.error,
+        "left": planned.predicted[of] / whole,
+    }
+    if recover is not None and not plan.is_identity:
+        start = {n: made.rewritten.slice(n, t.detach()) for n, t in graph.program.tensors.items()}
+        start.update(own_tensors(made.model, start))
+        load_tensors(made.model, refit(graph, plan, made.rewritten, start, calls or _calibration(data, seed), seed=seed))
+    if recover == "distill" and not plan.is_identity:
+        notes["training"] = _distilled(made.model, model, data, epochs, seed)
+    return Candidate("pruned", plan, made.model, None, {}, None, _static(graph, plan, made.model), notes, made.removed)
+
+
+def _magnitudes(graph: Graph) -> dict[str, list[float]]:
+    """Squared weights of the producing slices (axis 0) of each unit (Li et al. 2017, 1608.08710, with L2)."""
+    out = {}
+    for group in graph.groups:
+        total = torch.zeros(group.size, dtype=torch.float64)
+        for name, axes in group.slices.items():
+            tensor = graph.program.tensors[name].detach().double()
+            if 0 in axes and tensor.dim() > 1:
+                total += tensor.square().flatten(1).sum(1)[torch.from_numpy(axes[0])].sum(1)
+        out[group.name] = total.tolist()
+    return out
+
+
+def _calibration(data: Data, seed: int, samples: int = 256) -> list[Call]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return list(data.calls("train", samples))
+
+
+def _static(graph: Graph, plan: Plan, model: nn.Module) -> Metrics:
+    how = "estimated: counted from shapes"
+    params = float(sum(p.numel() for p in model.parameters()))
+    return Metrics(macs=Measurement(graph.macs(plan), how + ", one sample"), params=Measurement(params, how))
+
+
+def _one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    if value not in allowed:
+        raise PlanError(f"{name}={value!r} is not known; one of {', '.join(map(repr, allowed))}")
+
+
+def _distilled(student: nn.Module, teacher: nn.Module, data: Data, epochs: int, seed: int) -> dict[str, Any]:
+    from shohin.distillation import distill as distill_
+    from shohin.training import TrainConfig
+
+    result = distill_(student, teacher, data, config=TrainConfig(epochs=epochs, lr=2e-3, seed=seed), alpha=0.2 if data.has_labels else 0.0)
+    return result.to_json()
+
+
+def quantize(
+    model: nn.Module,
+    data: Data,
+    format: str | Mapping[str, str] = "int8",
+    target: str | Target = "onnxruntime",
+    *,
+    ranges: str = "mse",
+    seed: int = 0,
+) -> Candidate:
+    """Static integer weights and activations, ready for `export`.
+
+    Args:
+        format: "int8" for every convolution and linear layer, or patterns of layer addresses to formats ("int8" or
+            "float32"); the last pattern that matches a layer decides. A pattern that matches nothing is an error.
+        target: whose rules the grids follow (pair-safe scales where its kernels saturate).
+        ranges: "mse", "percentile" or "minmax".
+
+    Returns:
+        A candidate whose ``.model`` holds weights snapped to their grids (batch normalization folded into them), ``.view``
+        simulates all bits and ``.evidence`` holds the grids by address.
+
+    Raises:
+        PlanError: for an unknown format or a pattern that matches nothing. DataError: without calibration batches.
+    """
+    from shohin.pipeline.job import load_tensors
+    from shohin.program import structural_copy
+    from shohin.quantization import quantizable, quantize_program
+
+    goal = get_target(target)
+    program = capture(model, data.example())
+    layers = quantizable(program)
+    chosen = {a: "float32" for a in layers}
+    for pattern, name in ({"*": format} if isinstance(format, str) else format).items():
+        _one_of("format", name, ("int8", "float32"))
+        chosen.update(dict.fromkeys(match(pattern, layers), name))
+    int8 = {a for a, f in chosen.items() if f == "int8"}
+    if not data.has_batches:
+        raise DataError("static quantization needs calibration batches: give Data(train=loader)")
+    quantized = quantize_program(program, int8, _calibration(data, seed), ranges=ranges, least_scale=goal.least_scale())
+    own = {
+        id(t): (nn.Parameter(t.detach().clone(), t.requires_grad) if isinstance(t, nn.Parameter) else t.detach().clone())
+        for t in (*model.parameters(), *model.buffers())
+    }
+    snapped = structural_copy(model, own)
+    load_tensors(snapped, unfold_state(quantized.folded, quantized.program.tensors, program.tensors))
+    plan = Plan(program.fingerprint, formats=dict.fromkeys(sorted(int8), "int8"))
+    return Candidate("quantized", plan, snapped, quantized.view(), quantized.by_address(), notes={"format": "int8", "ranges": ranges})
+
+
+def distill(
+    student: nn.Module, teacher: nn.Module, data: Data, losses: Sequence[str] | None = None, epochs: int = 5, *, seed: int = 0
+) -> Candidate:
+    """A copy of ``student``, trained to answer as ``teacher`` does; labels are used if there are any.
+
+    Args:
+        losses: one of ("kd",), ("dkd",), ("dist",), ("mse",); default ("kd",).
+        epochs: passes over ``data.train``.
+
+    Raises:
+        DataError: for an unknown loss or batches that cannot be used.
+    """
+    from shohin.distillation import distill as distill_
+    from shohin.training import TrainConfig
+
+    names = tuple(losses or ("kd",))
+    if len(names) != 1:
+        raise DataError(f"one logit loss at a time; got {names}")
+    own = copy.deepcopy(student)
+    alpha = 0.2 if data.has_labels else 0.0
+    result = distill_(own, teacher, data, config=TrainConfig(epochs=epochs, seed=seed), loss=names[0], alpha=alpha)  # type: ignore[arg-type]
+    quality = Measurement(result.best_quality, "measured: validation, in torch") if result.best_quality is not None else None
+    return Candidate("distilled", Plan(""), own, metrics=Metrics(quality=quality), notes={"training": result.to_json()})
+
+
+def search(
+    model_or_space: nn.Module,
+    data: Data,
+    target: str | Target = "onnxruntime",
+    budget: str | Budget | None = None,
+    *,
+    time_limit: float | str | None = None,
+    out: str | Path | None = None,
+    seed: int = 0,
+) -> Result:
+    """Architecture search alone: widths and depth of the user's own model under a measured budget, in float32.
+
+    Arguments, result and errors as for `shohin.optimize`.
+    """
+    from shohin.pipeline import optimize
+
+    if not isinstance(model_or_space, nn.Module):
+        raise ModelError(f"search takes a model; spaces of building blocks are not supported yet (got {type(model_or_space).__name__})")
+    return optimize(model_or_space, data, target, budget, out=out, time_limit=time_limit, seed=seed, methods=("prune", "skip", "distill"))
+
+
+def export(
+    candidate_or_model: Candidate | nn.Module, data: Data, target: str | Target = "onnxruntime", path: str | Path = "m.onnx"
+) -> Candidate:
+    """Lowers to the file that ships and verifies it against the view; stores what `verify` needs beside it.
+
+    Returns:
+        A candidate with ``.artifact`` and ``.metrics`` (size, latency; quality if ``data`` can tell).
+
+    Raises:
+        TargetError: if the file does not equal the view, or the target cannot run it.
+    """
+    from shohin.pipeline.ship import expected_formats, lower_program, lower_quantized, verify_export
+
+    goal, path = get_target(target), Path(path)
+    given = candidate_or_model if isinstance(candidate_or_model, Candidate) else Candidate("exported", Plan(""), candidate_or_model)
+    if given.model is None:
+        raise RunError(f"candidate {given.name!r} has no model; load it with shohin.load(folder, model=..., example=...)")
+    example = data.example()
+    program = capture(given.model, example)
+    quantized = _requantized(program, given) if given.plan.formats else None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if quantized is None:
+        shown, notes = lower_program(goal, program, path, example.args, example.kwargs)
+    else:
+        shown, _, notes = lower_quantized(goal, quantized, path, example.args, example.kwargs)
+    checked = verify_export(goal, shown, path, expected_formats(program, quantized), [example], integer=quantized is not None)
+    timing = goal.measure({"file": path}, example.args, kwargs=example.kwargs)["file"]
+    quality = None
+    if data.metric is not None or (data.has_batches and data.has_labels and data.loss is None):
+        quality = Measurement(data.quality(goal.runner(path)), "measured: the metric over the file, on validation")
+    metrics = Metrics(
+        quality=quality, latency_ms=timing.measurement(), size_bytes=Measurement(float(path.stat().st_size), "measured: bytes of the file")
+    )
+    return Candidate(
+        given.name,
+        given.plan,
+        given.model,
+        shown,
+        given.evidence,
+        path,
+        metrics,
+        {**given.notes, "parity": checked, "lowering": notes},
+        given.removed,
+    )
+
+
+def _requantized(program: Any, given: Candidate) -> Any:
+    """The quantized program of a candidate whose model holds snapped weights, with the grids of its evidence."""
+    from dataclasses import replace
+
+    from shohin.program import Folded
+    from shohin.quantization import Quantized, find_sites
+
+    folded = fold(program)
+    layers = set(given.plan.formats)
+    sites = find_sites(folded.program, layers)
+    origins = folded.program.origins
+    activations = {n: given.evidence[origins[n].address if n in origins else n] for n in sites.grids}
+    weights = {name: given.evidence[name] for name in sites.layers.values()}
+    tensors = {**folded.program.tensors, **{n: q.fake(folded.program.tensors[n].detach()).detach() for n, q in weights.items()}}
+    return Quantized(Folded(replace(folded.program, tensors=tensors), folded.folded), activations, weights, sites)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A table of layers with measured milliseconds.
+
+    Args:
+        rows: ``{"address", "kind", "macs", "params", "bytes", "ms_before", "format"}`` for each operation that costs time.
+        total_ms: measured time of the whole model.
+        error: median leave-one-out error of the attribution's latency model.
+        repeatability: of the timings.
+        graph: groups, regions, frozen.
+        environment: CPU, instruction sets, versions, threads.
+    """
+
+    rows: list[dict[str, Any]]
+    total_ms: float
+    error: float
+    repeatability: float
+    graph: Graph
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        head = f"{'operation':<44}{'kind':<16}{'MACs':>12}{'params':>10}{'ms':>9}"
+        lines = [f"{r['address']:<44}{r['kind']:<16}{r['macs']:>12.0f}{r['params']:>10.0f}{r['ms_before']:>9.4f}" for r in self.rows]
+        tail = f"total {self.total_ms:.4f} ms measured; attribution error {self.error:.1%} (median, leave-one-out)"
+        return "\n".join([head, *lines, tail])
+
+
+def profile(model: nn.Module, data: Data, target: str | Target = "onnxruntime", *, seed: int = 0) -> Profile:
+    """Layers with shapes, MACs, bytes and measured milliseconds (attributed by a regression on whole-model timings).
+
+    Raises:
+        ModelError, TargetError: if the model cannot be captured or lowered.
+    """
+    import tempfile
+
+    from shohin.pipeline.job import Job
+    from shohin.pipeline.timing import profile as profile_
+    from shohin.run import Run
+
+    graph, goal = understand(model, data), get_target(target)
+    with tempfile.TemporaryDirectory(prefix="shohin-") as folder:
+        job = Job(Run(folder, {"version": 1}), model, data, goal, Budget(), seed, graph, None, frozenset(("quantize", "skip")), False)
+        profile_(job, lambda: None)
+        found = (job.run.find("profile") or {})["data"]
+    return Profile(found["layers"], found["ms"][0], found["leave_one_out"]["median"], found["repeatability"], graph, found["environment"])
+
+
+def verify(path: str | Path) -> dict[str, Any]:
+    """Repeats the parity checks of a run, a candidate's folder or a file, on this machine.
+
+    Args:
+        path: a run folder, a candidate's folder, or ``model.onnx`` with ``parity.safetensors`` beside it.
+
+    Returns:
+        ``{"passes": bool, "files": {path: {"passes", "max_rel", "snr_db", "argmax_agree", "argmax_total", "tolerance"}}}``.
+
+    Raises:
+        RunError: if there is nothing to verify, or a file is missing or damaged.
+    """
+    from shohin.pipeline.ship import verify_stored
+
+    path = Path(path)
+    if path.is_dir() and (path / "candidates").is_dir():
+        files = sorted((path / "candidates").glob("*/model.onnx"))
+    elif path.is_dir():
+        files = sorted(path.glob("*.onnx"))
+    else:
+        files = [path]
+    if not files or not all(f.exists() for f in files):
+        raise RunError(f"{path}: nothing to verify here; give a run folder, a candidate's folder or a file with its parity beside it")
+    found = {str(f): verify_stored(f) for f in files}
+    return {"passes": all(f["passes"] for f in found.values()), "files": found}
+
+
+__all__ = ["Profile", "cut", "distill", "export", "profile", "prune", "quantize", "search", "understand", "verify", "view"]
