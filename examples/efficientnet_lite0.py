@@ -33,7 +33,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import shohin
-from shohin.data import Data
 
 TARGET = "onnxruntime"
 BUDGET = "latency <= 1x, size <= 0.3x, drop <= 0.05"
@@ -183,21 +182,15 @@ def agreement_metric(run: Callable[..., Any]) -> float:
     return agreement(logits(run, "validation")) / len(original_logits("validation"))
 
 
-def task(seed: int = 0, cache: str | Path | None = None) -> tuple[nn.Module, Data]:
+def task(seed: int = 0, cache: str | Path | None = None) -> tuple[nn.Module, shohin.Data]:
     """What there is to optimize. Nothing is random here and nothing is trained: ``seed`` and ``cache`` are not used."""
-    data = Data(train=Batches("calibration", train=True), validation=Batches("validation"), metric=agreement_metric)
+    data = shohin.Data(train=Batches("calibration", train=True), validation=Batches("validation"), metric=agreement_metric)
     return network(), data
 
 
 def shipped(path: Path) -> Run:
-    """The file as a function of crops, run by ONNX Runtime on one thread, one crop at a time."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda x: torch.cat([torch.from_numpy(session.run(None, {name: one.numpy()})[0]) for one in x.split(1)])
+    """The file as a function of crops, run by ONNX Runtime on one thread."""
+    return shohin.Target(TARGET).runner(path)
 
 
 @contextlib.contextmanager
@@ -274,8 +267,6 @@ def runtime_int8(model: Path, folder: Path, count: int = 48) -> list[tuple[float
 
 def main() -> None:
     """Makes an int8 file with Shohin, and with ONNX Runtime's own tools, and compares them on the same crops."""
-    from latency import compare  # beside this file; a task file that is loaded by path must not need it
-
     arguments = argparse.ArgumentParser(description=main.__doc__)
     arguments.add_argument("--out", type=Path, default=Path("runs") / "efficientnet_lite0", help="the run folder")
     arguments.add_argument("--budget", default=BUDGET)
@@ -296,12 +287,14 @@ def main() -> None:
         _, name, path = ways[0]
         console.print(f"the best of {len(ways)}: {name}")
         rows.append(("ONNX Runtime", path))
-        latencies = compare([p for _, p in rows], seconds=6.0)
+        files = {name: path for name, path in rows}
+        latencies = shohin.Target(TARGET).compare(files, data.example().args, reference=rows[0][0])
         table = Table(title=f"agreement with the original, chosen by validation: {result.best.name}", title_justify="left", box=SIMPLE_HEAD)
         for column in ("file", "agree", "dB", "test agree", "test dB", "labels", "ms", "time", "size"):
             table.add_column(column, justify="left" if column == "file" else "right")
         base = rows[0][1].stat().st_size
-        for (file, path), latency in zip(rows, latencies, strict=True):
+        for file, path in rows:
+            latency = latencies[file]
             validation, test = (logits(shipped(path), split) for split in ("validation", "test"))
             table.add_row(
                 file,
@@ -310,12 +303,12 @@ def main() -> None:
                 f"{agreement(test, 'test')}/{len(test)}",
                 f"{snr(test, 'test'):.1f}",
                 f"{labels_right(validation, test)}/20",
-                f"{latency.ms:.1f}",
+                f"{latency.timing.value:.1f}",
                 f"{latency.ratio:.3f}",
                 f"{path.stat().st_size / base:.3f}",
             )
     console.print(table)
-    console.print(f"repeatability of the time ratios: ± {max(x.high - x.low for x in latencies) / 2:.3f}")
+    console.print(f"repeatability of the time ratios: ± {max(x.high - x.low for x in latencies.values()) / 2:.3f}")
     for reason in result.notes.get("reasons", []):
         console.print(reason, markup=False)
     console.print(f"report: {given.out / 'report.html'}", soft_wrap=True)

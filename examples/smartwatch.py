@@ -15,9 +15,8 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +28,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import shohin
-from shohin.data import Data
 
 TARGET = "onnxruntime"
 BUDGET = "latency <= 0.5x, size <= 0.25x, drop <= 0.01"
@@ -150,19 +148,19 @@ class Batches:
             yield (x - self.mean) / self.std, self.y[chosen]
 
 
-def load_data() -> Data:
+def load_data() -> shohin.Data:
     """Training batches are shuffled and augmented; validation and test are fixed."""
     raw = windows()
     x, _ = raw["train"]
     mean, std = x.mean((0, 2))[:, None], x.std((0, 2))[:, None]
-    return Data(
+    return shohin.Data(
         train=Batches(*raw["train"], mean, std, train=True),
         validation=Batches(*raw["validation"], mean, std),
         test=Batches(*raw["test"], mean, std),
     )
 
 
-def fit(data: Data, seed: int, epochs: int = EPOCHS) -> WatchNet:
+def fit(data: shohin.Data, seed: int, epochs: int = EPOCHS) -> WatchNet:
     """Trains the baseline on one thread, so that a seed means one result. Prints nothing; takes about a minute."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -185,7 +183,7 @@ def fit(data: Data, seed: int, epochs: int = EPOCHS) -> WatchNet:
     return model.eval()
 
 
-def baseline(data: Data, seed: int = 0, cache: str | Path | None = None) -> WatchNet:
+def baseline(data: shohin.Data, seed: int = 0, cache: str | Path | None = None) -> WatchNet:
     """The trained baseline, from the cache if it was trained by the same code with the same seed."""
     # every definition that decides the weights; the rest of this file may change without training again
     code = "".join(inspect.getsource(part) for part in (Block, WatchNet, windows, augment, _rotations, Batches, load_data, fit))
@@ -204,37 +202,26 @@ def baseline(data: Data, seed: int = 0, cache: str | Path | None = None) -> Watc
     return model
 
 
-def task(seed: int = 0, cache: str | Path | None = None) -> tuple[WatchNet, Data]:
+def task(seed: int = 0, cache: str | Path | None = None) -> tuple[WatchNet, shohin.Data]:
     """What there is to optimize: the trained baseline in eval mode, and the data."""
     data = load_data()
     return baseline(data, seed, cache), data
 
 
-def shipped(path: Path) -> Callable[[Tensor], Tensor]:
-    """The file as a function of signals, run by ONNX Runtime on one thread."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
-
-
-def show(console: Console, seed: int, result: Any, latencies: dict[str, Any]) -> None:
-    """The table of one seed: the original and the front."""
+def show(console: Console, seed: int, result: shohin.Result) -> None:
+    """The table of one seed. `*` is the chosen one, `+` the others that nothing beats on both accuracy and time."""
     table = Table(title=f"seed {seed}: validation, people {PEOPLE['validation']}", title_justify="left", box=SIMPLE_HEAD)
     for column in ("candidate", "accuracy", "ms", "time", "KiB", "size", "predicted"):
         table.add_column(column, justify="left" if column == "candidate" else "right")
     base = result.baseline.metrics.values()
     for candidate in candidates(result):
         values, predicted = candidate.metrics.values(), candidate.notes.get("predicted", {}).get("latency_ms")
-        latency = latencies[candidate.name]
+        ratio, low, high = candidate.notes["latency_ratio"]
         table.add_row(
-            candidate.name + (" *" if candidate.name == result.best.name else ""),
+            candidate.name + (" *" if candidate is result.best else " +" if candidate in result.front else ""),
             f"{values['quality']:.2%}",
-            f"{latency.ms:.3f}",
-            f"{latency.ratio:.3f} ± {(latency.high - latency.low) / 2:.3f}",
+            f"{values['latency_ms']:.3f}",
+            f"{ratio:.3f} ± {(high - low) / 2:.3f}",
             f"{values['size_bytes'] / 1024:.0f}",
             f"{values['size_bytes'] / base['size_bytes']:.3f}",
             "" if predicted is None else f"{predicted / values['latency_ms'] - 1:+.1%}",
@@ -242,16 +229,13 @@ def show(console: Console, seed: int, result: Any, latencies: dict[str, Any]) ->
     console.print(table)
 
 
-def candidates(result: Any) -> list[Any]:
-    """The original, then the front by latency, then the best if it is elsewhere; each once."""
-    front = sorted(result.front, key=lambda c: c.metrics.values()["latency_ms"])
-    return list({c.name: c for c in (result.baseline, *front, result.best)}.values())
+def candidates(result: shohin.Result) -> list[shohin.Candidate]:
+    """All that was built, the slowest first."""
+    return sorted(result.candidates.values(), key=lambda c: -c.metrics.values()["latency_ms"])
 
 
 def main() -> None:
     """Fits the baselines of three seeds to ONNX Runtime on this machine, and prints what came of it."""
-    from latency import compare  # beside this file; a task file that is loaded by path must not need it
-
     arguments = argparse.ArgumentParser(description=main.__doc__)
     arguments.add_argument("--out", type=Path, default=Path("runs") / "smartwatch", help="where the run folders go")
     arguments.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
@@ -259,19 +243,14 @@ def main() -> None:
     arguments.add_argument("--time-limit", type=float, default=TIME_LIMIT, help="seconds for each seed")
     given = arguments.parse_args()
     print("time and size are ratios to the original's; time is the median of five processes, which run the files in turns on one thread")
-    console, errors, tests, reports = Console(), [], [], []
+    console, target, errors, tests, reports = Console(), shohin.Target(TARGET), [], [], []
     for seed in given.seeds:
         model, data = task(seed, given.out / "baselines")
         out = given.out / f"seed{seed}"
         result = shohin.optimize(model, data, target=TARGET, budget=given.budget, out=out, time_limit=given.time_limit, seed=seed)
-        shown = candidates(result)
-        latencies = dict(zip((c.name for c in shown), compare([c.artifact for c in shown]), strict=True))
-        show(console, seed, result, latencies)
-        for candidate in shown[1:]:
-            predicted = candidate.notes.get("predicted", {}).get("latency_ms")
-            if predicted is not None:
-                errors.append(abs(predicted / candidate.metrics.values()["latency_ms"] - 1))
-        tests.append((seed, result, latencies))
+        show(console, seed, result)
+        errors += result.notes["prediction"]["errors"].values()
+        tests.append((seed, result))
         reports.append(out / "report.html")
         for reason in result.notes.get("reasons", []):
             console.print(f"seed {seed}: {reason}", markup=False)
@@ -281,9 +260,9 @@ def main() -> None:
     )
     for column in ("seed", "chosen", "original right", "chosen right", "points", "time", "size"):
         table.add_column(column, justify="right")
-    for seed, result, latencies in tests:
+    for seed, result in tests:
         total = sum(len(y) for _, y in data.test)
-        before, after = (round(data.quality(shipped(c.artifact), "test") * total) for c in (result.baseline, result.best))
+        before, after = (round(data.quality(target.runner(c.artifact), "test") * total) for c in (result.baseline, result.best))
         size = result.best.metrics.values()["size_bytes"] / result.baseline.metrics.values()["size_bytes"]
         table.add_row(
             str(seed),
@@ -291,7 +270,7 @@ def main() -> None:
             f"{before}/{total} {before / total:.1%}",
             f"{after}/{total} {after / total:.1%}",
             f"{(after - before) / total * 100:+.1f}",
-            f"{latencies[result.best.name].ratio:.3f}",
+            f"{result.best.notes['latency_ratio'][0]:.3f}",
             f"{size:.3f}",
         )
     console.print(table)

@@ -15,7 +15,7 @@ def lively(model: nn.Module, seed: int = 0) -> nn.Module:
         t.data.copy_(torch.rand(t.shape, generator=generator) * (high - low) + low)
 
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
             uniform(module.running_mean, -0.5, 0.5)
             uniform(module.running_var, 0.5, 2.0)
         if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)) and module.weight is not None:

@@ -79,7 +79,7 @@ def test_a_seed_means_one_baseline_and_the_cache_gives_it_back(tmp_path: Path, m
     raw = smartwatch.windows()
     few = {split: (x[::8], y[::8]) for split, (x, y) in raw.items()}
     x, y = few["train"]
-    data = smartwatch.Data(train=smartwatch.Batches(x, y, x.mean((0, 2))[:, None], x.std((0, 2))[:, None], train=True))
+    data = smartwatch.shohin.Data(train=smartwatch.Batches(x, y, x.mean((0, 2))[:, None], x.std((0, 2))[:, None], train=True))
     fits = [smartwatch.fit(data, seed, epochs=1) for seed in (0, 0, 1)]
     states = [torch.cat([v.float().flatten() for v in m.state_dict().values()]) for m in fits]
     assert torch.equal(states[0], states[1])
@@ -143,17 +143,3 @@ def test_the_imagenet_weights_know_the_labels() -> None:
             labels = torch.tensor([label for _, label in lite0.photos(split)])
             right += int((model(lite0.crops(split)[:: lite0.CROPS[split]]).argmax(1) == labels).sum())
     assert right == 18
-
-
-def test_more_work_takes_longer(tmp_path: Path) -> None:
-    latency = example("latency")
-    files = []
-    for depth in (1, 8):
-        layers = [layer for _ in range(depth) for layer in (nn.Linear(256, 256), nn.ReLU())]
-        files.append(tmp_path / f"{depth}.onnx")
-        torch.onnx.export(nn.Sequential(*layers).eval(), (torch.randn(1, 256),), str(files[-1]), dynamo=True, verbose=False)
-    short, long = latency.compare(files, processes=2, seconds=0.5)
-    assert short.ratio == 1.0
-    assert 2 < long.ratio < 20
-    with pytest.raises(RuntimeError, match="timing failed"):
-        latency.compare([tmp_path / "missing.onnx"], processes=1, seconds=0.1)

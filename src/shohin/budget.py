@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +79,8 @@ class Budget:
         """
         if isinstance(text, Budget):
             return text
+        if text is not None and not isinstance(text, str):
+            raise BudgetError(f"a budget is a sentence or a Budget, not {type(text).__name__}: {EXAMPLE}")
         budget = Budget()
         for part in (p.strip() for p in (text or "").split(",")):
             if not part:
@@ -146,7 +149,7 @@ def _limit(quantity: str, text: str, default_unit: str | None = None) -> Limit:
         number = float(found.group(1)) if found else float("nan")
     except ValueError:
         number = float("nan")
-    if not found or number != number:
+    if not found or not math.isfinite(number):
         raise BudgetError(f"{quantity} <= {text}: {text.strip()!r} is not a number with a unit, {EXAMPLE}")
     unit = found.group(2).lower()
     if unit in ("%", "x"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shohin.errors import DataError
+from shohin.errors import DataError, ShohinError
 
 Runner = Callable[..., Any]
 
@@ -137,9 +138,13 @@ class Data:
         return value
 
     def batch_loss(self, outputs: Any, call: Call) -> Tensor:
-        """The user's loss, or the default. Raises DataError if there is neither, or it is not a finite scalar."""
+        """The user's loss, or the default. Raises DataError if there is neither, it raises, or it is not a scalar tensor."""
+        value: Any
         if self.loss is not None:
-            value = self.loss(outputs, call.batch)
+            try:
+                value = self.loss(outputs, call.batch)
+            except Exception as error:
+                raise DataError(f"the loss raised {_said(error)}; it is called as loss(outputs, batch)") from error
         elif getattr(outputs, "loss", None) is not None:
             value = outputs.loss
         elif call.target is not None and not call.target.is_floating_point():
@@ -166,11 +171,16 @@ class Data:
         A user's metric is about validation by definition; for another split the default accuracy is computed.
 
         Raises:
-            DataError: if no metric can be computed or it is not a finite number.
+            DataError: if no metric can be computed, it raises, or it is not a finite number.
         """
         if self.metric is not None and split == "validation":
-            with torch.no_grad():
-                value = float(self.metric(run))
+            try:
+                with torch.no_grad():
+                    value = float(self.metric(run))
+            except ShohinError:
+                raise
+            except Exception as error:
+                raise DataError(f"the metric raised {_said(error)}; it is called as metric(run) and returns a number") from error
         else:
             value = self._accuracy(run, split)
         if not math.isfinite(value):
@@ -183,10 +193,25 @@ class Data:
             for call in self.calls(split):
                 if call.target is None or call.target.is_floating_point():
                     raise DataError("the default metric is accuracy and needs integer targets; give Data(metric=(run) -> float)")
-                predicted = first_output(run(*call.args, **call.kwargs)).argmax(-1)
+                logits = first_output(run(*call.args, **call.kwargs))
+                if not bool(torch.isfinite(logits).all()):
+                    raise DataError(f"the model's outputs on the {split} batches hold NaN or Inf: look for NaN in the data or the weights")
+                predicted = logits.argmax(-1)
+                if predicted.shape != call.target.shape:
+                    raise DataError(
+                        f"the default metric is accuracy: classes of shape {tuple(predicted.shape)} do not fit targets of shape "
+                        f"{tuple(call.target.shape)}; give Data(metric=(run) -> float)"
+                    )
                 right += int((predicted == call.target).sum())
                 total += call.target.numel()
         return right / total
+
+
+def _said(error: Exception) -> str:
+    """An exception of the user's code with the line that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"
 
 
 def first_output(outputs: Any) -> Tensor:

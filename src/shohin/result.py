@@ -31,8 +31,8 @@ class Result:
 
     @property
     def met(self) -> bool:
-        """True if ``best`` keeps the budget."""
-        return not self.notes.get("unmet")
+        """True if the job was finished and ``best`` keeps the budget."""
+        return bool(self.notes.get("finished", True)) and not self.notes.get("unmet")
 
     def report(self) -> Path:
         """Writes ``report.html`` and ``model_card.md`` into the run folder; returns the page's path."""

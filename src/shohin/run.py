@@ -47,7 +47,7 @@ def read_json(path: Path) -> Any:
     """Reads JSON. Raises RunError if the file is missing or damaged."""
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise RunError(f"{path} is missing: the run folder is incomplete or not a run folder") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RunError(f"{path} is damaged: {error}") from None
@@ -80,6 +80,11 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _ours(path: Path) -> bool:
+    """True for what a run that was killed at its start may leave: its work folder and half-written files."""
+    return path.name == "work" or (path.name.startswith(".") and path.name.endswith(".tmp"))
+
+
 class Run:
     """A run folder, new or to be resumed.
 
@@ -96,10 +101,12 @@ class Run:
         path = self.folder / "config.json"
         if config is None or path.exists():
             self.config: dict[str, Any] = read_json(path)
+            if not isinstance(self.config, dict):
+                raise RunError(f"{path} is damaged: it holds no configuration")
             if config is not None:
                 self._same(config)
         else:
-            if self.folder.exists() and any(p.name != "work" for p in self.folder.iterdir()):
+            if self.folder.exists() and (not self.folder.is_dir() or any(not _ours(p) for p in self.folder.iterdir())):
                 raise RunError(f"{self.folder} exists and is not a run folder; choose another 'out' or an empty folder")
             self.config = json.loads(json.dumps(config))
             write_json(path, config)
@@ -119,24 +126,28 @@ class Run:
         if not path.exists():
             return []
         entries = []
-        raw = path.read_bytes()
-        for number, line in enumerate(raw.split(b"\n"), 1):
+        # what follows the last line's end was cut off by a kill, or is being written: its stage has not finished
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
             if not line:
                 continue
             try:
-                entries.append(json.loads(line))
-            except ValueError:
-                if raw.endswith(line) and not raw.endswith(b"\n"):
-                    write_atomic(path, raw[: -len(line)])  # the last line was cut off by a kill: its stage runs again
-                    break
+                entry = json.loads(line)
+                if not {"stage", "key", "data", "time"} <= entry.keys():
+                    raise ValueError("not an entry")
+            except (ValueError, AttributeError):
                 raise RunError(f"{path} is damaged in line {number}; restore it or use another folder") from None
+            entries.append(entry)
         return entries
 
     def append(self, stage: str, key: str, data: Any) -> None:
         """Journals a finished step; durable when this returns."""
         entry = {"stage": stage, "key": key, "data": data, "time": time.time()}
         line = json.dumps(entry)
-        with open(self.folder / "journal.jsonl", "a") as f:
+        path = self.folder / "journal.jsonl"
+        raw = path.read_bytes() if path.exists() else b""
+        if not raw.endswith(b"\n") and raw:
+            write_atomic(path, raw[: raw.rfind(b"\n") + 1])  # half a line from a kill
+        with open(path, "a") as f:
             f.write(line + "\n")
             f.flush()
             os.fsync(f.fileno())

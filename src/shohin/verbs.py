@@ -20,7 +20,7 @@ from shohin.data import Call, Data
 from shohin.errors import DataError, ModelError, PlanError, RunError
 from shohin.graph import Graph
 from shohin.plan import Plan
-from shohin.program import capture, fold, unfold_state
+from shohin.program import capture, unfold_state
 from shohin.result import Result
 from shohin.surgery import understand as _understand
 from shohin.targets import Target, get_target
@@ -305,6 +305,7 @@ def export(
     Raises:
         TargetError: if the file does not equal the view, or the target cannot run it.
     """
+    from shohin.pipeline.reading import requantized
     from shohin.pipeline.ship import expected_formats, lower_program, lower_quantized, verify_export
 
     goal, path = get_target(target), Path(path)
@@ -313,7 +314,7 @@ def export(
         raise RunError(f"candidate {given.name!r} has no model; load it with shohin.load(folder, model=..., example=...)")
     example = data.example()
     program = capture(given.model, example)
-    quantized = _requantized(program, given) if given.plan.formats else None
+    quantized = requantized(program, given) if given.plan.formats else None
     path.parent.mkdir(parents=True, exist_ok=True)
     if quantized is None:
         shown, notes = lower_program(goal, program, path, example.args, example.kwargs)
@@ -338,23 +339,6 @@ def export(
         {**given.notes, "parity": checked, "lowering": notes},
         given.removed,
     )
-
-
-def _requantized(program: Any, given: Candidate) -> Any:
-    """The quantized program of a candidate whose model holds snapped weights, with the grids of its evidence."""
-    from dataclasses import replace
-
-    from shohin.program import Folded
-    from shohin.quantization import Quantized, find_sites
-
-    folded = fold(program)
-    layers = set(given.plan.formats)
-    sites = find_sites(folded.program, layers)
-    origins = folded.program.origins
-    activations = {n: given.evidence[origins[n].address if n in origins else n] for n in sites.grids}
-    weights = {name: given.evidence[name] for name in sites.layers.values()}
-    tensors = {**folded.program.tensors, **{n: q.fake(folded.program.tensors[n].detach()).detach() for n, q in weights.items()}}
-    return Quantized(Folded(replace(folded.program, tensors=tensors), folded.folded), activations, weights, sites)
 
 
 @dataclass(frozen=True)

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import random
-import sys
-from pathlib import Path
 
 import pytest
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "surgery"))
-
-from cases import CASES, Case  # noqa: E402
-
-from shohin.graph import Graph  # noqa: E402
-from shohin.plan import Plan  # noqa: E402
-from shohin.surgery import understand, view  # noqa: E402
+from shohin.graph import Graph
+from shohin.plan import Plan
+from shohin.surgery import view
+from surgery_cases import CASES, Case
+from surgery_checks import understood
 
 #: operators whose work the polynomials do not count
 UNCOUNTED = {"recurrent": "the recurrence of an LSTM"}
@@ -43,8 +39,7 @@ def plans(graph: Graph, case: Case) -> list[Plan]:
 @pytest.mark.parametrize("name", [n for n in CASES if n not in UNCOUNTED])
 def test_macs_equal_the_counter(name: str) -> None:
     case = CASES[name]
-    model = case.model()
-    graph = understand(model, case.call(1, 0))
+    model, graph = understood(name)
     assert graph.macs() == counted(model, case)
     for plan in plans(graph, case):
         assert graph.macs(plan) == pytest.approx(counted(view(graph, plan), case), abs=1e-6), (plan.widths, plan.skips)
@@ -53,9 +48,7 @@ def test_macs_equal_the_counter(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in CASES if n not in UNCOUNTED])
 def test_parameters_of_groups_add_up(name: str) -> None:
     """Removing one unit of one group from the whole model removes exactly ``group.parameters`` elements."""
-    case = CASES[name]
-    model = case.model()
-    graph = understand(model, case.call(1, 0))
+    _, graph = understood(name)
     names = {id(t): n for n, t in graph.program.tensors.items() if n in graph.program.trainable}
     whole = sum(graph.program.tensors[n].numel() for n in names.values())
     for group in graph.groups:

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "surgery"))
-
-from cases import CASES  # noqa: E402
-
-from shohin.graph import Graph  # noqa: E402
-from shohin.surgery import understand  # noqa: E402
+from shohin.graph import Graph
+from shohin.surgery import understand
+from surgery_cases import CASES
 
 SOME = ["resnet", "vit fused", "grouped query", "chunks", "densenet", "shuffle"]
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import models
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES
 from torch import Tensor, nn
 
+import models
 from shohin.errors import ModelError, PlanError, ShohinError
 from shohin.plan import Plan
 from shohin.surgery import cut, understand, view
-from test_oracle import answers, close, understood
+from surgery_cases import CASES
+from surgery_checks import answers, close, understood
 
 
 def frozen(name: str) -> str:

@@ -2,60 +2,18 @@
 
 from __future__ import annotations
 
-import random
-from typing import Any
-
 import pytest
 import torch
-from cases import CASES, Case
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from shohin.data import Call
-from shohin.graph import Graph
+import models
 from shohin.plan import Plan
-from shohin.surgery import cut, understand, view
+from shohin.surgery import cut, rewrite, understand, view, view_of
+from surgery_cases import CASES
+from surgery_checks import answers, close, random_plan, understood
 
 PLANS = 5
-_known: dict[str, tuple[nn.Module, Graph]] = {}
-
-
-def understood(name: str) -> tuple[nn.Module, Graph]:
-    """The model and its graph, from a batch-1 example; captured once."""
-    if name not in _known:
-        model = CASES[name].model()
-        _known[name] = model, understand(model, CASES[name].call(1, 0))
-    return _known[name]
-
-
-def random_plan(case: Case, graph: Graph, seed: int) -> Plan:
-    """Seed 0 keeps everything, seed 1 one unit of every group, the others random subsets of random groups."""
-    r = random.Random(seed)
-    widths = {}
-    for name, size in case.sizes.items():
-        count = size if seed == 0 else 1 if seed == 1 else r.choice([size, r.randint(1, size), r.randint(1, size)])
-        widths[name] = tuple(sorted(r.sample(range(size), count)))
-    return Plan(graph.program.fingerprint, widths)
-
-
-def answers(model: nn.Module, call: Call) -> list[Tensor]:
-    """Outputs, and gradients of a fixed combination of them with respect to the inputs."""
-    flat, spec = pytree.tree_flatten((call.args, call.kwargs))
-    flat = [x.clone().requires_grad_() if x.is_floating_point() else x for x in flat]
-    args, kwargs = pytree.tree_unflatten(flat, spec)
-    outputs = [t for t in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(t, Tensor)]
-    inputs = [x for x in flat if x.requires_grad]
-    generator = torch.Generator().manual_seed(1)
-    loss = sum((t * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum() for t in outputs)
-    return [*outputs, *(torch.autograd.grad(loss, inputs) if inputs else ())]
-
-
-def close(got: list[Tensor], wanted: list[Tensor], what: Any) -> None:
-    assert len(got) == len(wanted)
-    for a, b in zip(got, wanted, strict=True):
-        assert a.shape == b.shape
-        error = float((a - b).detach().abs().max() / (b.detach().abs().max() + 1e-30))
-        assert error < 1e-10, f"{what}: relative error {error}"
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -86,3 +44,45 @@ def test_view_and_cut_equal_the_oracle(name: str) -> None:
             assert type(result.model) is type(model)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items()), "the user's model was changed"
     assert before.keys() == model.state_dict().keys()
+
+
+def test_attention_stays_in_the_users_class_when_its_head_dims_are_cut() -> None:
+    """The query rows make up for the default scale, which follows the head dim; the oracle test checks the numbers."""
+    model, graph = understood("vit sdpa")
+    name = "layers.0.attn.q.weight"
+    plan = Plan(graph.program.fingerprint, {f"{name}#2": (0, 2), "layers.0.attn.v.weight": (1, 3)})
+    result = cut(model, graph, plan)
+    assert result.form == "module", result.reason
+    assert set(result.rewritten.scaled) == {name, "layers.0.attn.q.bias"}
+    kept = [i for i in range(12) if i % 4 in (0, 2)]
+    whole, part = model.get_parameter(name), result.model.get_parameter(name)
+    assert torch.allclose(part, whole[kept] * 0.5**0.5, rtol=1e-14)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_queries_that_are_read_twice_are_not_scaled(fused: bool) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.proj, self.out = nn.Linear(6, 24), nn.Linear(8, 6), nn.Linear(8, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            b, n, _ = x.shape
+            q, k, v = self.qkv(x).view(b, n, 3, 2, 4).permute(2, 0, 3, 1, 4)
+            o = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, -1)
+            return self.proj(o) if fused else self.proj(o) + self.out(q.transpose(1, 2).reshape(b, n, -1))
+
+    torch.manual_seed(0)
+    model = models.lively(Odd())
+    x = torch.randn(3, 5, 6, dtype=torch.float64)
+    graph = understand(model, (x,))
+    rewritten = rewrite(graph, Plan(graph.program.fingerprint, {"qkv.weight#2": (0, 3)}))
+    assert bool(rewritten.scaled) is fused and bool(rewritten.mended) is not fused
+    rows = [p * 8 + h * 4 + d for p in range(3) for h in range(2) for d in (0, 3)]
+    q, k, v = F.linear(x, model.qkv.weight[rows], model.qkv.bias[rows]).view(3, 5, 3, 2, 2).permute(2, 0, 3, 1, 4)
+    o = F.scaled_dot_product_attention(q, k, v, scale=0.5).transpose(1, 2).reshape(3, 5, -1)
+    columns = [h * 4 + d for h in range(2) for d in (0, 3)]
+    wanted = F.linear(o, model.proj.weight[:, columns], model.proj.bias)
+    if not fused:
+        wanted = wanted + F.linear(q.transpose(1, 2).reshape(3, 5, -1), model.out.weight[:, columns], model.out.bias)
+    assert torch.allclose(view_of(graph, rewritten)(x), wanted, rtol=1e-10)

@@ -6,18 +6,18 @@ import copy
 import json
 import pickle
 
-import models
 import pytest
 import torch
-from cases import CASES
-from test_oracle import answers, close, random_plan, understood
 from torch import nn
 
+import models
 from shohin.errors import PlanError
 from shohin.plan import Plan
 from shohin.program import capture
 from shohin.surgery import cut, understand, view
 from shohin.surgery.cut import state_by_name
+from surgery_cases import CASES
+from surgery_checks import answers, close, random_plan, understood
 
 SOME = ["resnet", "densenet", "tied", "vit fused", "vit sdpa", "unet", "chunks"]
 
@@ -83,7 +83,7 @@ def test_a_checkpoint_of_the_original_loads_into_the_cut(name: str) -> None:
         for p in other.parameters():
             p.mul_(1.5)
     loaded = copy.deepcopy(result.model)
-    loaded.load_state_dict(state_by_name(result.removed, other.state_dict()), strict=result.form == "module")
+    loaded.load_state_dict(state_by_name(result.rewritten, other.state_dict()), strict=result.form == "module")
     expected = cut(other, understand(other, CASES[name].call(1, 0)), plan)
     call = CASES[name].call(2, 1)
     close(answers(loaded, call), answers(expected.model, call), plan)

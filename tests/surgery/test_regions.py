@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import CASES
-from test_oracle import answers, close, random_plan, understood
 from torch import Tensor, nn
 
 from shohin.plan import Plan
 from shohin.surgery import cut, view
+from surgery_cases import CASES
+from surgery_checks import answers, close, random_plan, understood
 
 
 class Zero(nn.Module):

@@ -225,10 +225,13 @@ def find_groups(
             continue
         members.sort(key=lambda u: _order([u], places, lines))
         slices = _slices(members, places, lines)
-        base = _producer(slices, produced)
-        named[base] += 1  # a single unit counts too: names stay when a cut leaves one
-        if len(members) < 2:
+        made = [name for name, axes in slices.items() if any((name, axis) in produced for axis in axes)]
+        if made:
+            named[made[0]] += 1  # a single unit counts too: names stay when a cut leaves one
+        if len(members) < 2 or not slices:
             continue
+        base = next(iter(made), next(iter(slices)))
+        named[base] += not made
         parameters = sum(_removed(planes[n], size, members[0]) for n, size in sizes.items())
         out.append(
             UnitGroup(
@@ -297,9 +300,3 @@ def _slices(
         name, axis, _ = lines[number]
         out[name][axis] = np.array([sorted(r) for r in rows[number]], np.int64)
     return dict(out)
-
-
-def _producer(slices: Mapping[str, Mapping[int, Array]], produced: set[tuple[str, int]]) -> str:
-    """The first parameter that produces the axis, else the first that has it."""
-    made = (name for name, axes in slices.items() if any((name, axis) in produced for axis in axes))
-    return next(made, next(iter(slices)))

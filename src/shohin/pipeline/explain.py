@@ -28,7 +28,7 @@ def explain_candidates(job: Job, model: LatencyModel, chosen: list[Finalist]) ->
         values = candidate.metrics.values()
         steps[name] = [{"step": "start", "quality": base["quality"], "latency_ms": base["latency_ms"]}]
         steps[name] += [dict(s) for s in candidate.notes.get("steps", [])]
-        if candidate.notes.get("format", "float32") != "float32":
+        if candidate.plan.formats:
             steps[name].append({"step": "quantize", "quality": values["quality"]})
         steps[name][-1]["latency_ms"] = values["latency_ms"]
         layers[name] = _layers(job, model, finalist, before, whole)

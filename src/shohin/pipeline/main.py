@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import json
+import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,13 @@ from torch import nn
 from shohin.budget import Budget
 from shohin.candidate import Candidate
 from shohin.data import Data
-from shohin.errors import BudgetError, DataError, ShohinError
+from shohin.errors import BudgetError, DataError, ModelError, ShohinError
 from shohin.pipeline.choose import choose
 from shohin.pipeline.job import Job
 from shohin.pipeline.plan import Finalist, finalists, saliencies
 from shohin.pipeline.reading import load_candidates
 from shohin.pipeline.recover import build
-from shohin.pipeline.ship import baseline, with_latency
+from shohin.pipeline.ship import baseline, save, with_latency
 from shohin.pipeline.timing import plan_of, profile
 from shohin.planning.features import Features
 from shohin.planning.latency import LatencyModel
@@ -30,6 +32,7 @@ from shohin.result import Result
 from shohin.run import Run
 from shohin.surgery import understand
 from shohin.targets import Target, get_target
+from shohin.training.randomness import generators_of, isolated, mix, seed_everything
 
 METHODS = ("prune", "quantize", "skip", "distill")
 
@@ -75,18 +78,20 @@ def optimize(
     unknown = set(methods) - set(METHODS)
     if unknown:
         raise BudgetError(f"unknown method {sorted(unknown)[0]!r}; known: {', '.join(METHODS)}")
+    if "energy_mj" in budget.limits:
+        raise BudgetError(f"the target {target.name!r} does not measure energy; bound latency, size, memory or drop")
     seconds = parse_time(time_limit)
-    torch.manual_seed(seed)
-    with _inference_threads(target.threads):
+    generators = generators_of(data.train, data.validation, data.test)
+    with isolated(generators), _inference_threads(target.threads):
+        seed_everything(mix(seed), generators)
+        _check_weights(model)
         _check_data(model, data)
         graph = understand(model, data.example())
+        show = _Progress(progress)
         folder = Path(out) if out is not None else Path("runs") / datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
         run = Run(folder, _config(model, graph.program, data, target, budget, seed, methods, finalists, seconds))
-        job = Job(
-            run, model, data, target, budget, seed, graph, None if seconds is None else began + seconds, frozenset(methods), bool(progress)
-        )
-        with _Progress(progress) as show:
-            return _stages(job, show, finalists)
+        job = Job(run, model, data, target, budget, seed, graph, None if seconds is None else began + seconds, frozenset(methods), show.on)
+        return _stages(job, show, finalists)
 
 
 def _stages(job: Job, show: _Progress, count: int) -> Result:
@@ -94,18 +99,18 @@ def _stages(job: Job, show: _Progress, count: int) -> Result:
     run.once("capture", "", lambda: _captured(job))
     job.candidates.update(load_candidates(run, job.model, graph))
     show.stage("pre-flight: one lowering, one timing, the metric")
-    if "baseline" not in job.candidates or run.find("baseline") is None:
+    if "baseline" not in job.candidates:
         job.candidates["baseline"] = baseline(job)
-        run.once("baseline", "", lambda: _first_timing(job))
+    run.once("baseline", "", lambda: _first_timing(job))
     original = job.candidates["baseline"]
-    show.stage("profile: timing random plans", 20)
+    show.stage("profile: timing random plans")
     model = profile(job, show.tick)
-    show.stage("plan: saliency and loss tables", 40)
+    show.stage("plan: saliency and loss tables")
     saliency = saliencies(job, show.tick)
     chosen = finalists(job, model, original, saliency, show.tick, count)
     for number, finalist in enumerate(chosen):
         show.stage(f"build {finalist.name}: cut, recover, lower, verify")
-        if finalist.name in job.candidates and run.find("built", finalist.name):
+        if finalist.name in job.candidates:
             continue
         if number and job.left() < 0:
             run.once("late", finalist.name, lambda: "the time limit was reached before this candidate was built")
@@ -120,7 +125,9 @@ def _stages(job: Job, show: _Progress, count: int) -> Result:
         except ShohinError as error:
             run.append("failed", finalist.name, str(error))
     show.stage("measure: all candidates against the original")
-    with_latency(job, list(job.candidates))
+    names = sorted(job.candidates, key=lambda n: (n != "baseline", n))  # one order for every resume: the journal's key
+    job.candidates = {n: job.candidates[n] for n in names}
+    with_latency(job, names)
     return _result(job, model, chosen)
 
 
@@ -135,13 +142,19 @@ def _result(job: Job, model: LatencyModel, chosen: list[Finalist]) -> Result:
     from shohin.pipeline.explain import explain_candidates
 
     picked = choose(job.candidates, job.budget, job.data.lower_is_better)
-    for entry in job.run.entries:
-        if entry["stage"] in ("late", "failed"):
-            picked["reasons"].append(f"{entry['key']}: {entry['data']}")
+    missing = {e["key"]: e["data"] for e in job.run.entries if e["stage"] in ("late", "failed") and e["key"] not in job.candidates}
+    picked["reasons"] += [f"{name}: {why}" for name, why in missing.items()]
+    for c in job.candidates.values():
+        picked["reasons"] += [f"{c.name}: {text}" for text in c.notes.get("parity", {}).get("departs", [])]
     plan_entry = job.run.find("plan")
     picked["reasons"] += list(plan_entry["data"].get("unmet", [])) if plan_entry else []
     picked.update(explain_candidates(job, model, chosen))
-    job.run.append("result", picked["best"], picked)
+    _test(job, dict.fromkeys(("baseline", picked["best"])))
+    for candidate in job.candidates.values():
+        save(job, candidate)
+    last = next((e["data"] for e in reversed(job.run.entries) if e["stage"] == "result"), None)
+    if last != json.loads(json.dumps(picked)):
+        job.run.append("result", picked["best"], picked)
     notes = {"reasons": picked["reasons"], "unmet": picked["unmet"], "finished": True, "prediction": picked["prediction"]}
     result = Result(
         job.run.folder,
@@ -155,13 +168,34 @@ def _result(job: Job, model: LatencyModel, chosen: list[Finalist]) -> Result:
     return result
 
 
+def _test(job: Job, names: Iterable[str]) -> None:
+    """Quality of the files on the test split, after everything was chosen (journaled). A user's metric is about validation alone."""
+    if job.data.test is None or job.data.metric is not None:
+        return
+    for name in names:
+        candidate = job.candidates[name]
+        if candidate.artifact is None:
+            continue
+        runner = job.target.runner(candidate.artifact)
+        try:
+            quality = job.run.once("test", name, lambda run=runner: job.data.quality(run, "test"))  # type: ignore[misc]
+        except DataError as error:
+            candidate.notes["remarks"] = [f"the test split cannot be used: {error}"]
+        else:
+            candidate.notes["test"] = {"quality": quality}
+
+
 def _captured(job: Job) -> dict[str, Any]:
     graph = job.graph
+    remarks = list(graph.program.remarks)
+    for split, other in (("validation", "train"), ("train", "validation")):
+        if getattr(job.data, split) is None:
+            remarks.append(f"there are no {split} batches: {other} is used in their place, so nothing is held back")
     return {
         "groups": len(graph.groups),
         "regions": len(graph.regions),
         "frozen": [{"address": f.address, "reason": f.reason + (f" ({f.line})" if f.line else "")} for f in graph.frozen],
-        "remarks": list(graph.program.remarks),
+        "remarks": remarks,
     }
 
 
@@ -173,8 +207,18 @@ def _first_timing(job: Job) -> dict[str, float]:
     return {"ms": timing.value}
 
 
+def _check_weights(model: nn.Module) -> None:
+    for what, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, tensor in named:
+            if not tensor.is_floating_point():
+                continue
+            bad = tensor.isnan() if what == "buffer" else ~tensor.isfinite()  # masks are buffers with infinite values
+            if bool(bad.any()):
+                raise ModelError(f"the {what} {name!r} holds {int(bad.sum())} NaN or infinite values; load or train the weights again")
+
+
 def _check_data(model: nn.Module, data: Data) -> None:
-    """Runs metric and loss on a little of everything, so that errors come now."""
+    """Runs the model and the loss on a little of everything, so that errors come now."""
     if not data.has_batches:
         raise DataError("optimize needs batches: give Data(train=loader, validation=loader2)")
     modes = [(m, m.training) for m in model.modules()]
@@ -193,9 +237,10 @@ def _check_data(model: nn.Module, data: Data) -> None:
                 ) from error
             _check_finite(call, outputs, split)
             if data.has_labels:
-                value = float(data.batch_loss(outputs, call))
-                if value != value:
-                    raise DataError(f"the loss of the first {split} batch is NaN; look for NaN in the targets or in the loss")
+                with torch.no_grad():
+                    value = float(data.batch_loss(outputs, call))
+                if not math.isfinite(value):
+                    raise DataError(f"the loss of the first {split} batch is {value}; look for NaN in the targets or in the loss")
     finally:
         for module, mode in modes:
             module.training = mode
@@ -259,41 +304,23 @@ def _inference_threads(threads: int) -> Iterator[None]:
 
 
 class _Progress:
-    """A status line of stages on a terminal; silent elsewhere."""
+    """A line for each stage on standard error, with the time since the start. The training loop shows its own bar."""
 
     def __init__(self, wanted: bool | None) -> None:
         import sys
 
-        self._on = sys.stderr.isatty() if wanted is None else wanted
-        self._bar: Any = None
-        self._task: Any = None
-        self.tick: Callable[[], None] = self._advance
+        self.on = sys.stderr.isatty() if wanted is None else wanted
+        self._began = time.monotonic()
 
-    def __enter__(self) -> _Progress:
-        if self._on:
+    def stage(self, text: str) -> None:
+        """Says what begins."""
+        if self.on:
             from rich.console import Console
-            from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-            self._bar = Progress(
-                SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=Console(stderr=True)
-            )
-            self._bar.start()
-        return self
+            Console(stderr=True, highlight=False).print(f"[dim]{time.monotonic() - self._began:5.0f} s[/dim]  {text}")
 
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def stage(self, text: str, total: int | None = None) -> None:
-        """The next stage, with the expected number of ticks."""
-        if self._bar is not None:
-            if self._task is not None:
-                self._bar.update(self._task, total=1, completed=1)
-            self._task = self._bar.add_task(text, total=total)
-
-    def _advance(self) -> None:
-        if self._bar is not None and self._task is not None:
-            self._bar.advance(self._task)
+    def tick(self) -> None:
+        """Called by long steps; a line for each would be noise."""
 
 
 __all__ = ["METHODS", "Candidate", "Features", "optimize", "parse_time", "plan_of"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from shohin.candidate import Candidate, Metrics
 from shohin.errors import RunError
 from shohin.formats import Quantizer
 from shohin.graph import Graph
-from shohin.pipeline.job import load_tensors
+from shohin.pipeline.job import load_tensors, own_tensors
 from shohin.plan import Plan
+from shohin.program import Folded, Program, fold, with_graph
+from shohin.quantization import Quantized, find_sites
 from shohin.result import Result
 from shohin.run import Run, checksum, read_json, read_tensors
 from shohin.surgery import cut, understand
@@ -24,7 +27,7 @@ def load(folder: str | Path, model: nn.Module | None = None, example: Any = None
     Args:
         folder: the run folder.
         model: the original model; with it (and ``example``, the arguments of one call) each candidate's ``.model`` is cut
-            again from its plan and its weights are loaded. Without it ``.model`` is None; files and metrics are there.
+            again from its plan and its weights are loaded, and ``.view`` simulates its bits. Without it ``.model`` is None; files and metrics are there.
 
     Raises:
         RunError: if the folder is damaged, not a run, or no candidate was finished.
@@ -45,6 +48,9 @@ def load(folder: str | Path, model: nn.Module | None = None, example: Any = None
     entries = [e["data"] for e in run.entries if e["stage"] == "result"]
     if entries:
         last = entries[-1]
+        gone = {last["best"], *last["front"]} - candidates.keys()
+        if gone:
+            raise RunError(f"{run.folder} lacks the candidate {sorted(gone)[0]!r} of its result; run the same command again to rebuild it")
         notes = {"reasons": last["reasons"], "unmet": last["unmet"], "finished": True, "prediction": last.get("prediction")}
         return Result(
             run.folder, candidates[last["best"]], candidates["baseline"], [candidates[n] for n in last["front"]], candidates, notes
@@ -94,9 +100,33 @@ def _load(path: Path, model: nn.Module | None, graph: Graph | None) -> Candidate
         notes = dict(data["notes"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise RunError(f"{path} is damaged: {error!r}") from None
-    module = None
+    candidate = Candidate(name, plan, None, None, evidence, folder / "model.onnx", metrics, notes, removed)
     if model is not None and graph is not None:
-        module = model if name == "baseline" else cut(model, graph, Plan(plan.fingerprint, plan.widths, plan.skips)).model
-        if name != "baseline":
-            load_tensors(module, read_tensors(folder / "model.safetensors"))
-    return Candidate(name, plan, module, None, evidence, folder / "model.onnx", metrics, notes, removed)
+        _rebuild(candidate, model, graph, folder / "model.safetensors")
+    return candidate
+
+
+def _rebuild(candidate: Candidate, model: nn.Module, graph: Graph, weights: Path) -> None:
+    """The module and the view of a candidate, from its plan, weights and grids."""
+    plan, before = candidate.plan, graph.program
+    if candidate.name == "baseline":
+        candidate.model = model
+        return
+    made = cut(model, graph, Plan(plan.fingerprint, plan.widths, plan.skips))
+    candidate.model = made.model.eval()
+    load_tensors(made.model, read_tensors(weights))
+    if plan.formats:
+        sliced = {name: made.rewritten.slice(name, t.detach()) for name, t in before.tensors.items()}
+        own = own_tensors(made.model, dict.fromkeys(before.names.values()))
+        candidate.view = requantized(with_graph(before, made.rewritten.graph, {**sliced, **own}), candidate).view()
+
+
+def requantized(program: Program, candidate: Candidate) -> Quantized:
+    """The quantized form of a program that holds a candidate's snapped weights, with the grids of the candidate's evidence."""
+    folded, evidence = fold(program), candidate.evidence
+    sites, origins = find_sites(folded.program, set(candidate.plan.formats)), folded.program.origins
+    addresses = {n: origins[n].address if n in origins else n for n in sites.grids}
+    activations = {n: evidence[a] for n, a in addresses.items() if a in evidence}
+    weights = {name: evidence[name] for name in sites.layers.values()}
+    tensors = {**folded.program.tensors, **{n: q.fake(folded.program.tensors[n].detach()).detach() for n, q in weights.items()}}
+    return Quantized(Folded(replace(folded.program, tensors=tensors), folded.folded), activations, weights, sites)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from shohin.candidate import Candidate
-from shohin.distillation import FeatureTap, distill
+from shohin.data import first_output
+from shohin.distillation import FeatureTap, Teacher, distill
 from shohin.graph import Graph, kept_indices
 from shohin.graph.labels.core import Labels
 from shohin.pipeline.job import Job, load_tensors, own_tensors
@@ -127,15 +128,14 @@ def _settings(job: Job, model: nn.Module, seconds: float) -> dict[str, Any]:
     """Epochs that fit into the time: one training step of three batches is timed."""
     if job.data.train is None:
         return {"epochs": 0, "lr": 0.0}
-    began, count = time.monotonic(), 0
-    calls = job.calibration[:3]
+    model.eval()
+    calls, teacher = job.calibration[:3], Teacher(job.model, cache_bytes=0)
+    began = time.monotonic()
     for call in calls:
-        job.model(*call.args, **call.kwargs)
-        out = model(*call.args, **call.kwargs)
-        torch.utils._pytree.tree_leaves(out)[0].sum().backward()
-        count += 1
+        teacher(call)
+        first_output(model(*call.args, **call.kwargs)).sum().backward()  # type: ignore[no-untyped-call]
+    per_batch = (time.monotonic() - began) / max(len(calls), 1)
     model.zero_grad(set_to_none=True)
-    per_batch = (time.monotonic() - began) / max(count, 1)
     try:
         batches = len(job.data.train)  # type: ignore[arg-type]
     except TypeError:
@@ -189,10 +189,7 @@ def _ship(job: Job, finalist: Finalist, plan: Plan, made: Cut, program: Program,
         "steps": steps,
         **extra,
     }
-    candidate = finish(job, finalist.name, plan, made.model, view if layers else None, program, evidence, facts, made.removed)
-    if layers:
-        steps.append({"step": "quantize", "quality": candidate.metrics.values()["quality"]})
-    return candidate
+    return finish(job, finalist.name, plan, made.model, view if layers else None, program, evidence, facts, made.removed)
 
 
 def _quantize(job: Job, program: Program, layers: set[str]) -> tuple[Quantized, dict[str, Any]]:

@@ -19,7 +19,7 @@ from shohin.plan import Plan
 from shohin.program import Program, ProgramModule, fold
 from shohin.quantization import Quantized, placeholder, quantizable, simulate
 from shohin.run import checksum, read_json, read_tensors, write_json, write_tensors
-from shohin.targets import Target
+from shohin.targets import CannotNarrow, Prepared, Target
 from shohin.targets.parity import boundaries, parity
 
 #: largest difference between view and file, relative to the largest output: float files, and integer files (a rounding tie
@@ -40,32 +40,59 @@ def lower_quantized(
     target: Target, quantized: Quantized, path: Path, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[nn.Module, dict[str, Quantizer], list[str]]:
     """Writes an integer file. Returns the view that it equals, its activation grids by node, and notes."""
-    program = quantized.program
-    names = {n: (program.origins[n].address if n in program.origins else n) for n in quantized.activations}
-    taps = tuple(n for n in quantized.activations if n in program.origins)
+    program, grids = quantized.program, quantized.sites.grids
+    own = [n for n in quantized.activations if grids[n] == n]  # what only moves takes its source's grid by the target's own rules
+    names = {n: (program.origins[n].address if n in program.origins else n) for n in own}
+    taps = tuple(n for n in own if n in program.origins)
     lowered = target.lower(
         ProgramModule(program, taps=taps),
         args,
         path,
         kwargs=kwargs,
         taps=[names[n] for n in taps],
-        activations={names[n]: q for n, q in quantized.activations.items()},
+        activations={names[n]: quantized.activations[n] for n in own},
         weights=quantized.weights,
     )
-    used = {n: lowered.activations[names[n]] for n in quantized.activations if names[n] in lowered.activations}
+    used = {n: lowered.activations[names[grids[n]]] for n in quantized.activations if names[grids[n]] in lowered.activations}
     notes = [f"{name}: {why}" for name, why in lowered.adjusted.items()] + list(lowered.notes)
     return simulate(program, used), used, notes
 
 
 def lower_for_timing(
-    target: Target, program: Program, int8: frozenset[str], path: Path, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> None:
-    """Writes a file with the right operations and meaningless grids."""
+    target: Target,
+    program: Program,
+    int8: frozenset[str],
+    path: Path,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    prepared: Prepared | None = None,
+    skips: Mapping[str, str] | None = None,
+) -> bool:
+    """Writes a file with the right operations and meaningless grids.
+
+    Args:
+        prepared: the full folded program, exported once.
+        skips: output -> input node name of the regions that ``program`` skips.
+
+    Returns:
+        True if the file was narrowed from ``prepared``, False if it was lowered in full.
+    """
     layers = int8 & set(quantizable(program))
-    if layers:
-        lower_quantized(target, placeholder(program, set(layers)), path, args, kwargs)
+    quantized = placeholder(program, set(layers)) if layers else None
+    if prepared is not None:
+        try:
+            if quantized is None:
+                prepared.variant(fold(program).program, path, skips=skips)
+            else:
+                prepared.variant(quantized.program, path, skips=skips, activations=quantized.activations, weights=quantized.weights)
+            return True
+        except CannotNarrow:
+            pass
+    if quantized is not None:
+        lower_quantized(target, quantized, path, args, kwargs)
     else:
         lower_program(target, program, path, args, kwargs)
+    return False
 
 
 def expected_formats(program: Program, quantized: Quantized | None) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from shohin.errors import TargetError
 from shohin.graph import Graph
 from shohin.pipeline.job import Job, cache_folder
 from shohin.pipeline.ship import lower_for_timing
@@ -24,6 +25,7 @@ from shohin.quantization import find_sites, quantizable
 from shohin.quantization.sites import JOINS, POOLS, activated
 from shohin.run import read_json, write_json
 from shohin.surgery import rewrite
+from shohin.targets import Prepared
 
 #: random plans that are timed for each precision
 TIMED = 8
@@ -111,6 +113,7 @@ def _profile(job: Job, features: Features, choices: Sequence[Choice], tick: Any)
     spreads = [timed[c.digest]["spread"] for c in choices]
     return {
         "ms": ms,
+        "fallbacks": int(sum(row.get("fallback", 0.0) for row in timed.values())),
         "sizes": [timed[c.digest]["bytes"] for c in choices],
         "repeatability": float(np.median(spreads)),
         "leave_one_out": {"median": float(np.median(model.errors)), "worst": float(model.errors.max())},
@@ -140,26 +143,57 @@ def layer_rows(graph: Graph, model: LatencyModel, whole: Choice) -> list[dict[st
 
 
 def time_choices(job: Job, choices: Sequence[Choice], tick: Any) -> dict[str, dict[str, float]]:
-    """Choice digest -> {"ms", "spread", "bytes"}, measured in one interleaving, or from the cache."""
+    """Choice digest -> {"ms", "spread", "bytes", "fallback"}, measured in one interleaving, or from the cache.
+
+    The files are narrowed from one export; "fallback" is 1 for a choice that had to be lowered in full.
+    """
     key = _cache_key(job, choices)
     cached = cache_folder() / "latency" / f"{key}.json"
     if cached.exists():
         found: dict[str, dict[str, float]] = read_json(cached)
         return found
     with tempfile.TemporaryDirectory(prefix="shohin-") as folder:
-        files = {}
+        files: dict[str, Path] = {}
+        fallback = {}
+        prepared = None
         for choice in choices:
             path = Path(folder) / f"{choice.digest}.onnx"
             if choice.digest not in files:
-                lower_for_timing(
-                    job.target, program_of(job.graph, plan_of(job.graph, choice)), choice.int8, path, job.example, job.example_kwargs
-                )
-                files[choice.digest] = path
+                if not files:
+                    prepared = _prepare(job)
+                plan = plan_of(job.graph, choice)
+                program, skips = program_of(job.graph, plan), skipped_nodes(job.graph, plan)
+                narrowed = lower_for_timing(job.target, program, choice.int8, path, job.example, job.example_kwargs, prepared, skips)
+                files[choice.digest], fallback[choice.digest] = path, float(not narrowed)
             tick()
         timings = job.target.measure(files, job.example, kwargs=job.example_kwargs, seed=job.seed)
-        result = {d: {"ms": t.value, "spread": t.spread, "bytes": float(files[d].stat().st_size)} for d, t in timings.items()}
+        result = {
+            d: {"ms": t.value, "spread": t.spread, "bytes": float(files[d].stat().st_size), "fallback": fallback[d]}
+            for d, t in timings.items()
+        }
     write_json(cached, result)
     return result
+
+
+def _prepare(job: Job) -> Prepared | None:
+    """The folded program, exported once; None if the target or the program does not allow it."""
+    try:
+        return job.target.prepare(fold(job.graph.program).program, job.example, kwargs=job.example_kwargs)
+    except TargetError:
+        return None  # lowering each file in full will say what is wrong, or work
+
+
+def skipped_nodes(graph: Graph, plan: Plan) -> dict[str, str]:
+    """Output -> input node name of each region that a plan skips, in the folded program."""
+    before = {n.name: n for n in graph.program.graph.nodes}
+    folded = {n.name for n in fold(graph.program).program.graph.nodes}
+
+    def name(node: Any) -> str:
+        while node.name not in folded:  # a normalization: its values are now those of the layer before it
+            node = node.args[0]
+        return str(node.name)
+
+    return {name(before[r.output]): name(before[r.input]) for r in map(graph.region, plan.skips)}
 
 
 def _cache_key(job: Job, choices: Sequence[Choice]) -> str:

@@ -147,6 +147,11 @@ def _program(model: nn.Module, exported: Any, recorder: Recorder, inputs: Any) -
     trainable = frozenset(signature.inputs_to_parameters.values())
     graph = make_functional(_clean(graph))
     origins = _origins(graph)
+    for node in graph.nodes:
+        sizes = [s for t in pytree.tree_leaves(node.meta.get("val")) if isinstance(t, Tensor) for s in t.shape]
+        if any(isinstance(s, torch.SymInt) and s.node.hint is None for s in sizes):
+            line = origins[node.name].line if node.name in origins else node.name
+            raise ModelError(f"the shape of a tensor depends on the values of the input (at {line}); keep shapes fixed, with a mask for instance")
     flat, _ = pytree.tree_flatten(inputs)
     return Program(
         graph=graph,

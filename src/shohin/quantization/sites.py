@@ -35,6 +35,7 @@ MOVES = frozenset(
         "expand",
     ]
 )
+PADS = frozenset(("pad", "constant_pad_nd"))
 IDENTITY = frozenset(["dropout", "contiguous", "alias", "clone", "detach"])
 JOINS = frozenset(("add", "mul", "cat"))
 POOLS = frozenset(["mean", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "avg_pool1d", "avg_pool2d"])
@@ -82,6 +83,10 @@ def find_sites(program: Program, layers: set[str]) -> Sites:
             chosen[program.origins[node.name].address] = program.names[args[1].name]
             source = base(args[0])
             grids[source.name] = source.name
+            while _is_zero_pad(source):  # zeros are on every grid, and runtimes fuse the padding into the convolution
+                args = source.args
+                source = base(args[0])
+                grids[source.name] = source.name
             if family(node) in CONVOLUTIONS:
                 out = activated(node)
                 grids[out.name] = out.name
@@ -175,8 +180,18 @@ def activated(node: fx.Node) -> fx.Node:
     return node
 
 
+def _is_zero_pad(node: fx.Node) -> bool:
+    """Constant padding with zeros."""
+    args: Any = node.args
+    if node.op != "call_function" or family(node) not in PADS:
+        return False
+    value = args[2:] if family(node) == "constant_pad_nd" else args[3:]
+    mode = args[2] if family(node) == "pad" and len(args) > 2 else "constant"
+    return mode == "constant" and (not value or not value[0]) and not node.kwargs.get("value")
+
+
 def _root(node: fx.Node, grids: Mapping[str, str]) -> str:
-    while node.op == "call_function" and family(node) in MOVES:
+    while node.op == "call_function" and (family(node) in MOVES or _is_zero_pad(node)):
         source: Any = node.args[0]
         source = base(source)
         if source.name not in grids:

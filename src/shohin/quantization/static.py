@@ -128,7 +128,7 @@ def _observe(program: Program, sites: Sites, calls: Iterable[Call]) -> tuple[dic
 
     def visit(node: fx.Node, value: Any, args: tuple[Any, ...]) -> Any:
         if node.name in wanted:
-            histograms[node.name].update(value)
+            _update(histograms[node.name], value)
         origin = program.origins[node.name]
         if origin.address in sites.layers:
             total, count = _channel_sums(value, node)
@@ -141,15 +141,24 @@ def _observe(program: Program, sites: Sites, calls: Iterable[Call]) -> tuple[dic
             inputs = call_inputs(program, call)
             for name, x in zip(program.inputs, inputs, strict=True):
                 if name in wanted:
-                    histograms[name].update(x)
+                    _update(histograms[name], x)
             interpret(program, program.graph, program.tensors, inputs, visit)
     return histograms, means
+
+
+def _update(histogram: Histogram, value: Tensor, most: int = 1 << 17) -> None:
+    """Takes evenly spaced values of a large tensor, and its extremes."""
+    flat = value.detach().reshape(-1)
+    if len(flat) > most:
+        histogram.update(torch.stack(torch.aminmax(flat)))
+        flat = flat[:: len(flat) // most | 1]  # an odd stride does not fall in step with even widths
+    histogram.update(flat)
 
 
 def _channel_sums(value: Tensor, node: fx.Node) -> tuple[Tensor, int]:
     axis = 1 if str(node.target).startswith("aten.conv") else value.dim() - 1
     others = [d for d in range(value.dim()) if d != axis]
-    return value.double().sum(others), value.numel() // value.shape[axis]
+    return value.sum(others, dtype=torch.float64), value.numel() // value.shape[axis]
 
 
 def _activation_quantizers(sites: Sites, histograms: Mapping[str, Histogram], format_name: str, ranges: str) -> dict[str, Quantizer]:
@@ -228,7 +237,7 @@ def _corrected(
 
 def _snapped(x: Tensor, g: tuple[float, int, int, int]) -> Tensor:
     scale, zero, low, high = g
-    return (torch.clamp(torch.round(x / scale) + zero, low, high) - zero) * scale
+    return (x / scale).round_().add_(zero).clamp_(low, high).sub_(zero).mul_(scale)
 
 
 def _joined(program: Program, calls: Sequence[Call], limit: int = 256) -> tuple[Any, ...]:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from shohin.graph import Graph
@@ -114,8 +113,9 @@ def _repair(model: nn.Module, graph: Graph, plan: Plan, rewritten: Rewritten) ->
 def _wanted(program: Program, rewritten: Rewritten) -> dict[Place, int] | str:
     """Place -> new value, or why there is none: a source asked for two values.
 
-    A constant without a source may follow by itself (it was read off a shape): the proof decides. Every position that a source reaches is a constraint, also those that do not change. Sources with one factor are solved
-    first, then products with one unknown factor.
+    A constant without a source may follow by itself (it was read off a shape): the proof decides. Every position that a
+    source reaches is a constraint, also those that do not change. Sources with one factor are solved first, then products
+    with one unknown factor.
     """
     changes = {(c.node, c.position): c for c in rewritten.changes}
     nodes = {n.name: n for n in program.graph.nodes}
@@ -182,12 +182,6 @@ def _describe(model: nn.Module) -> None:
             module.embedding_dim = shape[1]
 
 
-def state_by_name(removed: Mapping[str, Mapping[int, list[int]]], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def state_by_name(rewritten: Rewritten, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A full state dict reduced to what a cut keeps: loads a checkpoint of the original into a cut model."""
-    out = {}
-    for name, tensor in state.items():
-        for axis, gone in removed.get(name, {}).items():
-            keep = torch.tensor(sorted(set(range(tensor.shape[axis])) - set(gone)))
-            tensor = tensor.index_select(axis, keep)
-        out[name] = tensor
-    return out
+    return {name: rewritten.scale(name, rewritten.slice(name, tensor)) for name, tensor in state.items()}

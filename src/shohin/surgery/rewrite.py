@@ -21,6 +21,7 @@ from shohin.graph.labels.movement import MOVEMENT, move
 from shohin.plan import Plan
 from shohin.program import concrete, family
 from shohin.program.nodes import argument, arguments, flatten, run
+from shohin.surgery.queries import query_rows
 
 
 class CannotRewrite(ShohinError):
@@ -53,6 +54,7 @@ class Rewritten:
         changes: every integer that changed.
         mended: node names that needed more than an integer (a scale written out, a split made uneven).
         tensors: the model's own, whole.
+        scaled: tensor name -> (rows of the whole tensor, factor), for query rows whose head dims were cut.
     """
 
     graph: fx.Graph
@@ -60,11 +62,22 @@ class Rewritten:
     changes: tuple[Change, ...]
     mended: tuple[str, ...]
     tensors: Mapping[str, Tensor]
+    scaled: Mapping[str, tuple[Tensor, float]]
 
     def own(self, name: str) -> Tensor:
         """A copy of what stays of the model's own tensor."""
         tensor = self.tensors[name].detach()
-        return self.slice(name, tensor) if self.kept.get(name) else tensor.clone()
+        return self.scale(name, self.slice(name, tensor)) if self.kept.get(name) else tensor.clone()
+
+    def scale(self, name: str, part: Tensor) -> Tensor:
+        """The kept part of a tensor with its query rows multiplied, where head dims were cut."""
+        if name not in self.scaled:
+            return part
+        rows, factor = self.scaled[name]
+        kept = self.kept.get(name, {}).get(0)
+        index = torch.arange(len(part)) if kept is None else torch.from_numpy(kept)
+        factors = torch.where(torch.isin(index, rows), factor, 1.0).to(part)
+        return part * factors.reshape(-1, *[1] * (part.dim() - 1))
 
     def slice(self, name: str, tensor: Tensor) -> Tensor:
         """The part of a named tensor that stays."""
@@ -80,6 +93,7 @@ class _Work:
     new: dict[fx.Node, fx.Node] = field(default_factory=dict)
     changes: list[Change] = field(default_factory=list)
     mended: list[str] = field(default_factory=list)
+    scaled: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
     _kept: dict[int, dict[int, Array]] = field(default_factory=dict)
 
     def kept(self, labels: Labels) -> dict[int, Array]:
@@ -133,7 +147,7 @@ def rewrite(graph: Graph, plan: Plan) -> Rewritten:
                 origin = program.origins[node.name]
                 raise CannotRewrite(f"{origin.address}: {error}" + (f" ({origin.line})" if origin.line else "")) from None
     _drop_unused(result, program.names)
-    return Rewritten(result, kept, tuple(work.changes), tuple(work.mended), program.tensors)
+    return Rewritten(result, kept, tuple(work.changes), tuple(work.mended), program.tensors, work.scaled)
 
 
 def _drop_unused(graph: fx.Graph, names: Mapping[str, str]) -> None:
@@ -336,9 +350,14 @@ def _group_norm(work: _Work, node: fx.Node, copy: fx.Node) -> None:
 
 
 def _attention(work: _Work, node: fx.Node, copy: fx.Node) -> None:
-    """The default scale follows the head dim: the original one is written out."""
+    """The default scale follows the head dim: the query rows make up for it, or the original scale is written out."""
     query = work.of(node.args[0])
     if query is not None and work.shape(query)[-1] != query.shape[-1] and copy.kwargs.get("scale") is None:
+        found = query_rows(work.graph.program, node)
+        if found is not None:
+            names, rows = found
+            work.scaled.update(dict.fromkeys(names, (rows, (work.shape(query)[-1] / query.shape[-1]) ** 0.5)))
+            return
         copy.kwargs = {**copy.kwargs, "scale": float(query.shape[-1]) ** -0.5}
         work.mended.append(node.name)
 

@@ -24,6 +24,38 @@ if TYPE_CHECKING:
 
     from shohin.candidate import Measurement
     from shohin.formats import Quantizer
+    from shohin.program import Program
+
+
+class CannotNarrow(TargetError):
+    """A narrower form of a prepared model cannot be made for sure: lower it in full."""
+
+
+class Prepared(ABC):
+    """A program that was exported once, from which files of its narrower forms are made fast."""
+
+    @abstractmethod
+    def variant(
+        self,
+        program: Program,
+        path: Path,
+        *,
+        skips: Mapping[str, str] | None = None,
+        activations: Mapping[str, Quantizer] | None = None,
+        weights: Mapping[str, Quantizer] | None = None,
+    ) -> Lowered:
+        """Writes the file that ``lower`` would write for ``program``; its outputs are compared with the program's.
+
+        Args:
+            program: the prepared program through a plan: the same node and tensor names, smaller tensors, changed integers.
+            path: of the file.
+            skips: output -> input node name of each region that is skipped.
+            activations: node or input name -> per-tensor quantizer.
+            weights: parameter name -> quantizer.
+
+        Raises:
+            CannotNarrow: if it is not certain that the file would be the same.
+        """
 
 
 @dataclass(frozen=True)
@@ -190,6 +222,18 @@ class Target(ABC):
         Raises:
             TargetError: if the module cannot be lowered or a name matches nothing.
         """
+
+    def prepare(self, program: Program, args: tuple[Any, ...], *, kwargs: Mapping[str, Any] | None = None) -> Prepared | None:
+        """Exports a program once, for many files of its narrower forms. None (here) if this target lowers each in full.
+
+        Args:
+            program: with folded batch normalizations, as it would be lowered.
+            args, kwargs: an example call.
+
+        Raises:
+            TargetError: if the program cannot be lowered.
+        """
+        return None
 
     @abstractmethod
     def runner(self, path: Path) -> Callable[..., Any]:

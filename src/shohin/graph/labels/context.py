@@ -256,11 +256,14 @@ def _apply(context: Context, node: fx.Node) -> Any:
         known = _constant(node, val, args, kwargs)
         if known is not None:
             return known
+    reason = "does not follow prunable axes here" if name in RULES else "has no rule"
     if name in RULES and not _tensors(list(kwargs.values())):
-        result = RULES[name](context, node, args)
+        try:
+            result = RULES[name](context, node, args)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            result, reason = NotImplemented, f"is called in a way that its rule does not know ({type(error).__name__}: {error})"
         if result is not NotImplemented:
             return result
-    reason = "does not follow prunable axes here" if name in RULES else "has no rule"
     context.freeze(node, f"operator {node.target} {reason}", *tensors)
     if isinstance(val, torch.Tensor):
         return rigid(shape_of(node))

@@ -86,8 +86,7 @@ def convolution(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
     """``weight[out, in / groups, *kernel]`` over ``x[batch, in, *space]``; depthwise carries labels, groups tie equal positions."""
     x, weight, bias = context.labels(args[0]), args[1], args[2] if len(args) > 2 else None
     groups = args[6] if len(args) > 6 and isinstance(args[6], int) else 1
-    padded = len(args) > 4 and isinstance(args[4], str)
-    if not isinstance(weight, Parameter) or padded or len(x.shape) != len(weight.shape) or 0 in x.varying:
+    if not isinstance(weight, Parameter) or len(x.shape) != len(weight.shape) or 0 in x.varying:
         return NotImplemented
     x = context.collapse(x, range(2, len(x.shape)))
     shape = shape_of(node)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -57,7 +58,7 @@ def layer_norm(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
         return NotImplemented
     if not inside:
         for value in affine:
-            context.freeze(node, "a normalization over an axis that cannot shrink", value)
+            context.vector(value, np.zeros(value.shape[0], np.int64) if len(value.shape) == 1 else np.zeros(1, np.int64))
     else:
         x, vector = consume(context, x, -1)
         if vector is not None:

@@ -44,12 +44,34 @@ class Exported:
     signature: Signature
 
 
+@dataclass(frozen=True)
+class Translated:
+    """A model as the translator gave it: nothing is optimized, every tap is an output.
+
+    Args:
+        model: each parameter is an initializer of its name; the outputs are the model's own, then those taps that have a tensor.
+        aliases: as in `Exported`.
+        inputs: names of the inputs, in order.
+        signature: how to call the file as the torch model is called.
+    """
+
+    model: ir.Model
+    aliases: dict[str, str]
+    inputs: tuple[str, ...]
+    signature: Signature
+
+
 def export(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], taps: Sequence[str]) -> Exported:
     """Exports a module in eval mode. Dimension 0 of every tensor that has the batch there stays free.
 
     Raises:
         TargetError: if the module does not run or export, fixes its batch, or its outputs do not end in the taps.
     """
+    return optimized(translate(module, args, kwargs, taps), taps)
+
+
+def translate(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], taps: Sequence[str]) -> Translated:
+    """The slow half of `export` (seconds): capture and translation. Raises TargetError as `export` does."""
     args, kwargs = _batch_of_two(args, dict(kwargs))
     bind(module, args, kwargs)
     try:
@@ -73,19 +95,26 @@ def export(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
                 f"the exported graph has {len(graph_model.graph.outputs)} outputs, expected {flat} outputs and {len(taps)} taps; "
                 "outputs must be tensors"
             )
-        inputs = [name for name in program.graph_signature.user_inputs if isinstance(name, str)]
+        inputs = tuple(name for name in program.graph_signature.user_inputs if isinstance(name, str))
         aliases = _name(graph_model, inputs, signature.outputs, taps)
-        _optimize(graph_model)
-        for value, name in zip(graph_model.graph.outputs, signature.outputs, strict=False):
-            value.name = name  # an output that is an input or another output has become an Identity with a name of its own
-        for value, name in zip(graph_model.graph.inputs, inputs, strict=False):
-            value.name = name
-        import onnx_ir
+    return Translated(graph_model, aliases, inputs, signature)
 
+
+def optimized(translated: Translated, taps: Sequence[str]) -> Exported:
+    """The fast half of `export`. Changes ``translated.model`` in place; all its taps must be among ``taps``."""
+    import onnx_ir
+
+    graph_model, aliases = translated.model, dict(translated.aliases)
+    with _quiet():
+        _optimize(graph_model)
+        for value, name in zip(graph_model.graph.outputs, translated.signature.outputs, strict=False):
+            value.name = name  # an output that is an input or another output has become an Identity with a name of its own
+        for value, name in zip(graph_model.graph.inputs, translated.inputs, strict=False):
+            value.name = name
         model = onnx_ir.serde.serialize_model(graph_model)
     _strip(model)
     aliases.update(_follow_identities(model, set(taps)))
-    return Exported(model, aliases, signature)
+    return Exported(model, aliases, translated.signature)
 
 
 def _batch_of_two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

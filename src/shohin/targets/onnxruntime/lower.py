@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from shohin.errors import TargetError, closest
 from shohin.formats import Quantizer
@@ -16,7 +16,7 @@ from shohin.run import write_atomic
 from shohin.targets.base import Lowered
 from shohin.targets.onnxruntime import rules
 from shohin.targets.onnxruntime.edges import Layer, array, layers
-from shohin.targets.onnxruntime.export import export
+from shohin.targets.onnxruntime.export import Exported, export
 from shohin.targets.onnxruntime.qdq import insert_qdq
 from shohin.targets.onnxruntime.rewrite import drop_outputs, drop_unused, flatten_linears, fold_transposes, pool_means, rename, shield_float
 from shohin.targets.onnxruntime.signature import KEY
@@ -51,14 +51,32 @@ def lower(
     Raises:
         TargetError: if the module does not export, a name matches nothing, or a quantizer does not fit.
     """
-    import onnx
-
-    activations, weights = dict(activations or {}), dict(weights or {})
     if len(set(taps)) != len(taps):
         raise TargetError(f"tap names must differ; twice: {sorted({t for t in taps if list(taps).count(t) > 1})}")
     exported = export(module, args, kwargs or {}, taps)
+    parameters, buffers = dict(module.named_parameters(remove_duplicate=False)), dict(module.named_buffers(remove_duplicate=False))
+    return write(exported, path, parameters, buffers, taps=taps, activations=activations or {}, weights=weights or {})
+
+
+def write(
+    exported: Exported,
+    path: str | Path,
+    parameters: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    *,
+    taps: Sequence[str],
+    activations: Mapping[str, Quantizer],
+    weights: Mapping[str, Quantizer],
+) -> Lowered:
+    """The second half of `lower`: an exported model (which is changed) to a file.
+
+    Args:
+        parameters, buffers: of the module that was exported, tied ones under each of their names.
+    """
+    import onnx
+
     model, aliases = exported.model, exported.aliases
-    tied = _untie(model, module)
+    tied = _untie(model, parameters)
     pool_means(model)
     transposed = fold_transposes(model)
     own = set(exported.signature.outputs)
@@ -66,7 +84,7 @@ def lower(
     aliases.update(tied)
     drop_unused(model)
     found = layers(model, transposed)
-    by_name = tied | _resolve(model, module, found, {k: v for k, v in weights.items() if k not in tied})
+    by_name = tied | _resolve(model, {**parameters, **buffers}, found, {k: v for k, v in weights.items() if k not in tied})
     chosen = {by_name.get(name, name): quantizer for name, quantizer in weights.items()}
     outputs = {layer.weight: layer.output for layer in found}
     flatten_linears(model, [layer for layer in found if layer.weight in chosen])
@@ -94,11 +112,11 @@ def lower(
     return Lowered(path, len(data), used, adjusted, outputs, aliases, tuple(notes))
 
 
-def _untie(model: onnx.ModelProto, module: nn.Module) -> dict[str, str]:
+def _untie(model: onnx.ModelProto, parameters: Mapping[str, Tensor]) -> dict[str, str]:
     """Names tied parameters by the first of their names; returns other name -> first name."""
     first: dict[int, str] = {}
     out = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
+    for name, parameter in parameters.items():
         if first.setdefault(id(parameter), name) != name:
             out[name] = first[id(parameter)]
     held = {i.name for i in model.graph.initializer}
@@ -123,10 +141,11 @@ def _by_tensor(model: onnx.ModelProto, activations: Mapping[str, Quantizer], ali
     return out
 
 
-def _resolve(model: onnx.ModelProto, module: nn.Module, found: Sequence[Layer], weights: Mapping[str, Quantizer]) -> dict[str, str]:
+def _resolve(
+    model: onnx.ModelProto, values: Mapping[str, Tensor], found: Sequence[Layer], weights: Mapping[str, Quantizer]
+) -> dict[str, str]:
     """Parameter name -> layer weight name in the file, for parameters that the export names otherwise (tied, or computed)."""
     known = {layer.weight for layer in found} | {i.name for i in model.graph.initializer}
-    values = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
     initializers = {i.name: i for i in model.graph.initializer}
     out = {}
     for name in weights:

@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from shohin.targets.base import KernelRow, Lowered, Ratio, Target, Timing
+from shohin.targets.base import KernelRow, Lowered, Prepared, Ratio, Target, Timing
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from shohin.candidate import Measurement
     from shohin.formats import Quantizer
+    from shohin.program import Program
 
 
 class ORTTarget(Target):
@@ -62,6 +63,12 @@ class ORTTarget(Target):
         from shohin.targets.onnxruntime.lower import lower
 
         return lower(module, args, path, kwargs=kwargs, taps=taps, activations=activations, weights=weights)
+
+    def prepare(self, program: Program, args: tuple[Any, ...], *, kwargs: Mapping[str, Any] | None = None) -> Prepared:
+        """See `Target.prepare` and `shohin.targets.onnxruntime.prepare`."""
+        from shohin.targets.onnxruntime.prepare import prepare
+
+        return prepare(program, args, kwargs or {}, threads=self.threads)
 
     def runner(self, path: Path) -> Callable[..., Any]:
         """A `shohin.targets.onnxruntime.session.Runner` over the file."""
