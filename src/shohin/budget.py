@@ -32,7 +32,7 @@ class Limit:
         return self.value * abs(baseline) if self.relative else self.value
 
     def __str__(self) -> str:
-        return f"{self.value * 100:g} %" if self.relative else f"{self.value:g}"
+        return f"{self.value * 100:.15g} %" if self.relative else f"{self.value:.15g}"
 
 
 class Budget:

@@ -193,7 +193,11 @@ class Data:
             for call in self.calls(split):
                 if call.target is None or call.target.is_floating_point():
                     raise DataError("the default metric is accuracy and needs integer targets; give Data(metric=(run) -> float)")
-                logits = first_output(run(*call.args, **call.kwargs))
+                try:
+                    logits = first_output(run(*call.args, **call.kwargs))
+                except Exception as error:
+                    shapes = [tuple(a.shape) for a in (*call.args, *call.kwargs.values()) if isinstance(a, Tensor)]
+                    raise DataError(f"the model does not run on a {split} batch (shapes {shapes}): {_said(error)}") from error
                 if not bool(torch.isfinite(logits).all()):
                     raise DataError(f"the model's outputs on the {split} batches hold NaN or Inf: look for NaN in the data or the weights")
                 predicted = logits.argmax(-1)

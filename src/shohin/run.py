@@ -4,7 +4,7 @@ Layout::
 
     config.json                 what was asked; a resumed run must ask the same
     journal.jsonl               one line per finished stage, appended and flushed: {"stage", "key", "data", "time"}
-    candidates/<name>/          candidate.json (plan, metrics, notes, checksums), model.safetensors, model.onnx
+    candidates/<name>/          candidate.json (plan, metrics, notes, checksums), model.safetensors, model.onnx, model.parity.*
     work/                       caches and checkpoints; may be deleted
     report.html
 

@@ -392,7 +392,7 @@ def verify(path: str | Path) -> dict[str, Any]:
     """Repeats the parity checks of a run, a candidate's folder or a file, on this machine.
 
     Args:
-        path: a run folder, a candidate's folder, or ``model.onnx`` with ``parity.safetensors`` beside it.
+        path: a run folder, a candidate's folder, or ``model.onnx`` with its parity files beside it.
 
     Returns:
         ``{"passes": bool, "files": {path: {"passes", "max_rel", "snr_db", "argmax_agree", "argmax_total", "tolerance"}}}``.

@@ -88,6 +88,7 @@ USERS = {
         "mat1 and mat2",
     ),
     "an import": ("import a_library_that_is_not_there  # here", "a_library_that_is_not_there"),
+    "in generated code": (TASK + "exec('1 / 0')  # here", "ZeroDivisionError"),
     "sys.exit": (TASK + "raise SystemExit('first download the photos')  # here", "first download the photos"),
     "sys.exit(0)": (TASK + "raise SystemExit(0)  # here", "ended the program"),
     "wrong data": (NET + "model = Net()\ndata = shohin.Data()  # here", "Data needs batches"),
@@ -95,15 +96,21 @@ USERS = {
 
 
 @pytest.mark.parametrize(("text", "words"), USERS.values(), ids=USERS)
-def test_errors_of_the_users_code_name_its_line(tmp_path: Path, text: str, words: str) -> None:
+def test_errors_of_the_users_code_name_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, words: str) -> None:
+    monkeypatch.chdir(tmp_path)
     path = write(tmp_path, text)
     (number,) = [i for i, line in enumerate(text.splitlines(), 1) if "# here" in line]
     done = invoke("optimize", path, "--out", tmp_path / "run")
     assert done.exit_code == 2, done.output
     assert words in done.stderr and f"{path}, line {number}" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
-    debug = invoke("optimize", path, "--out", tmp_path / "run", "--debug")
-    assert debug.exit_code == 2 and "Traceback" in debug.stderr and words in debug.stderr
+
+
+@pytest.mark.parametrize("name", ["at import", "in task()", "sys.exit", "wrong data"])
+def test_debug_shows_the_traceback_too(tmp_path: Path, name: str) -> None:
+    text, words = USERS[name]
+    done = invoke("optimize", write(tmp_path, text), "--out", tmp_path / "run", "--debug")
+    assert done.exit_code == 2 and "Traceback" in done.stderr and words in done.stderr
 
 
 def test_an_error_inside_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +126,7 @@ def test_real_processes(tmp_path: Path) -> None:
     assert done.stderr == f"error: the task file {tmp_path / 'nothing.py'} does not exist\n"
     done = run("optimize", "--no-such-option")
     assert done.returncode == 2 and "--no-such-option" in done.stderr
-    done = run("optimize", write(tmp_path, "x = [1, 2\n"))
+    done = run("export", write(tmp_path, "x = [1, 2\n"))
     assert done.returncode == 2 and "never closed" in done.stderr and "Traceback" not in done.stderr
 
 

@@ -71,8 +71,8 @@ def test_verify(stopped: Stopped, tmp_path: Path) -> None:
 
     copy = tmp_path / "copy"
     shutil.copytree(files[0].parent, copy)
-    kept = read_tensors(copy / "parity.safetensors")
-    write_tensors(copy / "parity.safetensors", {k: v + 1 if k.startswith("output") else v for k, v in kept.items()})
+    kept = read_tensors(copy / "model.parity.safetensors")
+    write_tensors(copy / "model.parity.safetensors", {k: v + 1 if k.startswith("output") else v for k, v in kept.items()})
     done = invoke("verify", copy)
     assert done.exit_code == 1 and " NO " in done.stdout and "tolerance" in done.stderr
 

@@ -93,6 +93,8 @@ def user_line(error: BaseException, task: Path | None) -> str:
     found = None
     while seen is not None:
         for frame in traceback.extract_tb(seen.__traceback__):
+            if frame.filename.startswith("<"):  # generated code has no file; its name would count as one in the working folder
+                continue
             file = Path(frame.filename).resolve()
             if file.is_relative_to(folder) and not file.is_relative_to(_HERE) and "site-packages" not in file.parts:
                 found = frame

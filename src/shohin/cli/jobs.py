@@ -12,7 +12,7 @@ import typer
 
 from shohin.cli import options
 from shohin.cli.guard import FAILED, UNMET, WRONG, complain, console, guarded
-from shohin.cli.taskfile import load_task
+from shohin.cli.taskfile import checked_path, load_task
 from shohin.errors import BudgetError, closest
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ def _job(
     """What can be wrong in the options is found before the task file is run, for that may train for an hour."""
     folder = out if out is not None else options.dated()
     with guarded(debug, task, folder, "" if out is not None else f"--out {folder}"):
+        checked_path(task)
         from shohin.budget import Budget
         from shohin.pipeline import parse_time
 

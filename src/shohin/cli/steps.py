@@ -10,7 +10,7 @@ import typer
 
 from shohin.cli import options
 from shohin.cli.guard import console, guarded
-from shohin.cli.taskfile import PAIR, load_task
+from shohin.cli.taskfile import PAIR, checked_path, load_task
 from shohin.errors import PlanError
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def profile(
 ) -> None:
     """Show where MACs, bytes and measured milliseconds go, layer by layer."""
     with guarded(debug, task):
+        checked_path(task)
         goal = options.the_target(target, threads, batch)
         values = load_task(task, seed)
         from shohin.cli import tables
@@ -72,6 +73,7 @@ def prune(
 ) -> None:
     """Remove channels, heads and neurons until a share of the model is left; write the smaller model and its file."""
     with guarded(debug, task):
+        checked_path(task)
         goal, folder = options.the_target(target, 1, 1), options.free_folder(out, "prune")
         values = load_task(task, seed)
         from shohin.verbs import prune
@@ -92,6 +94,7 @@ def quantize(
 ) -> None:
     """Give weights and activations fewer bits; write the snapped weights and the file."""
     with guarded(debug, task):
+        checked_path(task)
         goal, folder = options.the_target(target, 1, 1), options.free_folder(out, "quantize")
         formats = _formats(format, layer)
         values = load_task(task, seed)
@@ -124,6 +127,7 @@ def distill(
 ) -> None:
     """Train a student to answer as its teacher does. The task file defines `student`, `teacher` and `data`."""
     with guarded(debug, task):
+        checked_path(task)
         goal, folder = options.the_target(target, 1, 1), options.free_folder(out, "distill")
         values = load_task(task, seed, PAIR)
         from shohin.verbs import distill
@@ -144,6 +148,7 @@ def export(
 ) -> None:
     """Write the model as it is to the target's file, compare the two, and measure it."""
     with guarded(debug, task):
+        checked_path(task)
         goal = options.the_target(target, threads, batch)
         values = load_task(task, seed)
         from shohin.verbs import export

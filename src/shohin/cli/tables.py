@@ -37,7 +37,7 @@ def front(result: Result) -> Table:
     name = str(config.get("quality_name", "quality"))
     base = result.baseline.metrics.values()
     words = Quality([c.metrics.values()["quality"] for c in shown if "quality" in c.metrics.values()], name)
-    out = table(("candidate", name, "latency", "of the original's", "size", "format and form"))
+    out = table(("candidate", name, "latency", "ratio", "size", "format and form"))
     out.columns[-1].justify = "left"
     for column in out.columns[:-1]:
         column.no_wrap = True

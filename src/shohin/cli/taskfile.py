@@ -47,7 +47,7 @@ def load_task(path: Path, seed: int = 0, names: Sequence[str] = MODEL) -> dict[s
     Raises:
         TaskError: what is wrong, where, and what was found instead. What the user's code raises comes through unchanged.
     """
-    path = _checked_path(path)
+    path = checked_path(path)
     # torch comes with these; it is imported only once it is known that there is a file
     from shohin.training.randomness import seed_everything
 
@@ -65,7 +65,8 @@ def load_task(path: Path, seed: int = 0, names: Sequence[str] = MODEL) -> dict[s
     return values
 
 
-def _checked_path(path: Path) -> Path:
+def checked_path(path: Path) -> Path:
+    """The path of a file that can be a task file; needs no torch. Raises TaskError."""
     if path.is_dir():
         raise TaskError(f"{path} is a folder; name the task file in it{closest('task.py', (p.name for p in path.glob('*.py')))}")
     if not path.exists():

@@ -18,7 +18,7 @@ from torch import nn
 from shohin.budget import Budget
 from shohin.candidate import Candidate
 from shohin.data import Data
-from shohin.errors import BudgetError, DataError, ModelError, ShohinError
+from shohin.errors import BudgetError, DataError, ShohinError
 from shohin.pipeline.choose import choose
 from shohin.pipeline.job import Job
 from shohin.pipeline.plan import Finalist, finalists, saliencies
@@ -28,6 +28,7 @@ from shohin.pipeline.ship import baseline, save, with_latency
 from shohin.pipeline.timing import plan_of, profile
 from shohin.planning.features import Features
 from shohin.planning.latency import LatencyModel
+from shohin.program import call_inputs
 from shohin.result import Result
 from shohin.run import Run
 from shohin.surgery import understand
@@ -84,9 +85,8 @@ def optimize(
     generators = generators_of(data.train, data.validation, data.test)
     with isolated(generators), _inference_threads(target.threads):
         seed_everything(mix(seed), generators)
-        _check_weights(model)
-        _check_data(model, data)
         graph = understand(model, data.example())
+        _check_data(model, data)
         show = _Progress(progress)
         folder = Path(out) if out is not None else Path("runs") / datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
         run = Run(folder, _config(model, graph.program, data, target, budget, seed, methods, finalists, seconds))
@@ -97,6 +97,9 @@ def optimize(
 def _stages(job: Job, show: _Progress, count: int) -> Result:
     run, graph = job.run, job.graph
     run.once("capture", "", lambda: _captured(job))
+    for call in job.calibration:
+        call_inputs(graph.program, call)
+        _check_finite(call, (), "a train batch")
     job.candidates.update(load_candidates(run, job.model, graph))
     show.stage("pre-flight: one lowering, one timing, the metric")
     if "baseline" not in job.candidates:
@@ -207,16 +210,6 @@ def _first_timing(job: Job) -> dict[str, float]:
     return {"ms": timing.value}
 
 
-def _check_weights(model: nn.Module) -> None:
-    for what, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
-        for name, tensor in named:
-            if not tensor.is_floating_point():
-                continue
-            bad = tensor.isnan() if what == "buffer" else ~tensor.isfinite()  # masks are buffers with infinite values
-            if bool(bad.any()):
-                raise ModelError(f"the {what} {name!r} holds {int(bad.sum())} NaN or infinite values; load or train the weights again")
-
-
 def _check_data(model: nn.Module, data: Data) -> None:
     """Runs the model and the loss on a little of everything, so that errors come now."""
     if not data.has_batches:
@@ -235,7 +228,7 @@ def _check_data(model: nn.Module, data: Data) -> None:
                 raise DataError(
                     f"the model does not run on the first {split} batch (shapes {shapes}): {type(error).__name__}: {first}"
                 ) from error
-            _check_finite(call, outputs, split)
+            _check_finite(call, outputs, f"the first {split} batch")
             if data.has_labels:
                 with torch.no_grad():
                     value = float(data.batch_loss(outputs, call))
@@ -246,11 +239,11 @@ def _check_data(model: nn.Module, data: Data) -> None:
             module.training = mode
 
 
-def _check_finite(call: Any, outputs: Any, split: str) -> None:
+def _check_finite(call: Any, outputs: Any, where: str) -> None:
     for what, value in (("inputs", (call.args, call.kwargs)), ("outputs", outputs)):
         for t in torch.utils._pytree.tree_leaves(value):
             if isinstance(t, torch.Tensor) and t.is_floating_point() and not bool(torch.isfinite(t).all()):
-                raise DataError(f"the {what} of the first {split} batch hold NaN or infinite values; clean the data first")
+                raise DataError(f"the {what} of {where} hold NaN or infinite values; clean the data first")
 
 
 def _config(

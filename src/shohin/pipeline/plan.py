@@ -26,6 +26,8 @@ from shohin.quantization import quantizable, quantize_program
 from shohin.surgery import rewrite, view, view_of
 
 Tick = Callable[[], None]
+#: latencies, as shares of the original's in float32, for which plans are made
+FRACTIONS = (0.08, 0.12, 0.17, 0.25, 0.35, 0.5, 0.7, 0.9)
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,10 @@ def tables(job: Job, saliency: Mapping[str, list[float]], tick: Tick) -> tuple[l
     options = {n: replace(g, loss=loss_table(saliency[n], g.counts)) for n, g in counts.items()}
     options = correct(options, {(name, int(count)): loss for name, count, loss in measured["groups"]})
     regions = [RegionOption(name, loss) for name, loss in measured["regions"]]
-    kinds = precisions(job)
-    return list(options.values()), regions, [Precision(name, kinds[name], loss) for name, loss in measured["precisions"]]
+    kinds, losses = precisions(job), dict(measured["precisions"])
+    # a float segment costs time: it is planned with only where it saves a third of what int8 everywhere loses
+    worth = [n for n, loss in losses.items() if n in ("float32", "int8") or loss < 2 / 3 * losses["int8"]]
+    return list(options.values()), regions, [Precision(name, kinds[name], losses[name]) for name in worth]
 
 
 def _measure_tables(job: Job, saliency: Mapping[str, list[float]], tick: Tick) -> dict[str, Any]:
@@ -143,16 +147,16 @@ def _finalists(
     profile = (job.run.find("profile") or {"data": {}})["data"]
     whole = Choice(job.graph.sizes)
     limits = bounds(job, baseline, profile["ms"][0])
-    fixed = _fixed_bytes(job, model, profile)
+    fixed = _fixed_bytes(model, profile)
     timed: dict[str, tuple[float, float]] = {}  # digest -> (measured, predicted before it was seen)
     unmet: list[str] = []
     rounds = []
     for number in range(3):
         costs = Costs(model, fixed_bytes=fixed)
-        found, failed = front(costs, options, regions, precisions=kinds, budgets=limits)
+        found, failed = front(costs, options, regions, precisions=kinds, fractions=FRACTIONS, budgets=limits)
         if not found:  # no plan keeps the cost bounds: what is possible is built and shown, with what binds
-            unmet = sorted({p.plan.binding for p in failed if p.plan.binding})
-            found, _ = front(costs, options, regions, precisions=kinds)
+            unmet = [min(failed, key=lambda p: max(value / bound for value, bound in p.plan.misses.values())).plan.binding]
+            found, _ = front(costs, options, regions, precisions=kinds, fractions=FRACTIONS)
         picked = _pick(job, found, limits, saliency, count)
         new = [p for p in picked if p.plan.choice.digest not in timed]
         if not new:
@@ -200,11 +204,13 @@ def _finalists(
     }
 
 
-def _fixed_bytes(job: Job, model: LatencyModel, profile: Mapping[str, Any]) -> float:
-    """Bytes of a file that are not weights, from the files that were timed."""
+def _fixed_bytes(model: LatencyModel, profile: Mapping[str, Any]) -> float:
+    """Bytes of a file that are not weights, from the files that were timed: of the precision that has more of them."""
     costs = Costs(model)
-    rests = [size - costs.of(c, ["size_bytes"])["size_bytes"] for c, size in zip(model.choices, profile["sizes"], strict=False)]
-    return float(np.median(rests))
+    rests: dict[bool, list[float]] = {}
+    for choice, size in zip(model.choices, profile["sizes"], strict=False):
+        rests.setdefault(bool(choice.int8), []).append(size - costs.of(choice, ["size_bytes"])["size_bytes"])
+    return max(float(np.median(r)) for r in rests.values())
 
 
 def _pick(job: Job, found: list[Point], limits: Mapping[str, float], saliency: dict[str, list[float]], count: int) -> list[Point]:
@@ -218,11 +224,11 @@ def _pick(job: Job, found: list[Point], limits: Mapping[str, float], saliency: d
             front_points.append(p)
     if not front_points:
         return []
-    candidates = front_points[::-1][: 2 * count + 2]
+    candidates = front_points[::-1][: 3 * count + 1]
     losses = {p.plan.choice.digest: view_loss(job, p.plan.choice, saliency) + _offset(job, p.precision) for p in candidates}
     best = min(candidates, key=lambda p: losses[p.plan.choice.digest])
     picked = [best]
-    for share in (0.75, 0.55, 0.4, 0.3)[: count - 1]:
+    for share in (0.7, 0.45, 0.3, 0.2)[: count - 1]:
         target = best.plan.predicted["latency_ms"] * share
         near = [p for p in candidates if p not in picked and p.plan.predicted["latency_ms"] < best.plan.predicted["latency_ms"]]
         if near:

@@ -84,7 +84,8 @@ def lower_for_timing(
             if quantized is None:
                 prepared.variant(fold(program).program, path, skips=skips)
             else:
-                prepared.variant(quantized.program, path, skips=skips, activations=quantized.activations, weights=quantized.weights)
+                own = {n: q for n, q in quantized.activations.items() if quantized.sites.grids[n] == n}  # as in `lower_quantized`
+                prepared.variant(quantized.program, path, skips=skips, activations=own, weights=quantized.weights)
             return True
         except CannotNarrow:
             pass
@@ -142,8 +143,8 @@ def _store_parity(view: nn.Module, path: Path, args: tuple[Any, ...], tolerance:
         outputs = [t for t in torch.utils._pytree.tree_leaves(view(*few)) if isinstance(t, torch.Tensor)]
     tensors = {f"input.{i}": a for i, a in enumerate(few) if isinstance(a, torch.Tensor)}
     tensors |= {f"output.{i}": t for i, t in enumerate(outputs)}
-    write_tensors(path.with_name("parity.safetensors"), tensors)
-    write_json(path.with_name("parity.json"), {"tolerance": tolerance, "integer": integer, "checksum": checksum(path)})
+    write_tensors(path.with_suffix(".parity.safetensors"), tensors)
+    write_json(path.with_suffix(".parity.json"), {"tolerance": tolerance, "integer": integer, "checksum": checksum(path)})
 
 
 def verify_stored(path: Path) -> dict[str, Any]:
@@ -154,10 +155,10 @@ def verify_stored(path: Path) -> dict[str, Any]:
     """
     from shohin.targets import get_target
 
-    facts = read_json(path.with_name("parity.json"))
+    facts = read_json(path.with_suffix(".parity.json"))
     if checksum(path) != facts["checksum"]:
         raise RunError(f"{path} is damaged or was replaced: its checksum is not the stored one")
-    tensors = read_tensors(path.with_name("parity.safetensors"))
+    tensors = read_tensors(path.with_suffix(".parity.safetensors"))
     inputs = tuple(tensors[f"input.{i}"] for i in range(sum(k.startswith("input.") for k in tensors)))
     outputs = [tensors[f"output.{i}"] for i in range(sum(k.startswith("output.") for k in tensors))]
     runner = get_target("onnxruntime").runner(path)

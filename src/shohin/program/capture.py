@@ -84,8 +84,11 @@ def _by_parameter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def _check_weights(model: nn.Module) -> None:
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach()).all()):
-            bad = int((~torch.isfinite(tensor.detach())).sum())
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            continue
+        values = tensor.detach()
+        bad = int((~values.isfinite() if isinstance(tensor, nn.Parameter) else values.isnan()).sum())  # masks are infinite buffers
+        if bad:
             raise ModelError(f"the model's {name!r} holds {bad} NaN or infinite values of {tensor.numel()}; repair the weights first")
 
 
@@ -151,7 +154,9 @@ def _program(model: nn.Module, exported: Any, recorder: Recorder, inputs: Any) -
         sizes = [s for t in pytree.tree_leaves(node.meta.get("val")) if isinstance(t, Tensor) for s in t.shape]
         if any(isinstance(s, torch.SymInt) and s.node.hint is None for s in sizes):
             line = origins[node.name].line if node.name in origins else node.name
-            raise ModelError(f"the shape of a tensor depends on the values of the input (at {line}); keep shapes fixed, with a mask for instance")
+            raise ModelError(
+                f"the shape of a tensor depends on the values of the input (at {line}); keep shapes fixed, with a mask for instance"
+            )
     flat, _ = pytree.tree_flatten(inputs)
     return Program(
         graph=graph,

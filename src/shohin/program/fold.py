@@ -124,7 +124,8 @@ def _bias_name(weight: str, tensors: Mapping[str, Tensor]) -> str:
 def unfold_state(folded: Folded, state: Mapping[str, Tensor], original: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Values for the original tensors under which the unfolded program equals the folded one with values ``state``.
 
-    A folded normalization becomes the identity plus the bias: mean 0, variance 1, weight ``sqrt(1 + eps)``.
+    A folded normalization becomes the identity plus the bias: mean 0, variance 1, weight ``sqrt(1 + eps)``; without a weight
+    of its own the variance is ``1 - eps``, and without a bias of its own the mean is minus the bias.
     """
     out = {name: tensor.detach().clone() for name, tensor in original.items()}
     for name, tensor in state.items():
@@ -138,13 +139,15 @@ def unfold_state(folded: Folded, state: Mapping[str, Tensor], original: Mapping[
         if mean is None or variance is None:
             continue
         out[mean] = torch.zeros_like(original[mean])
-        out[variance] = torch.ones_like(original[variance])
+        out[variance] = torch.full_like(original[variance], 1 - eps if gamma is None else 1)
         if gamma is not None:
             out[gamma] = torch.full_like(original[gamma], (1 + eps) ** 0.5)
         if beta is not None:
             out[beta] = bias.clone()
-            if bias_name in original:
-                out[bias_name] = torch.zeros_like(original[bias_name])
+        else:
+            out[mean] = -bias
+        if bias_name in original:
+            out[bias_name] = torch.zeros_like(original[bias_name])
     return out
 
 

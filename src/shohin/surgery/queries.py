@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -36,7 +37,7 @@ def query_rows(program: Program, attention: fx.Node) -> tuple[tuple[str, ...], T
     mine = [rows for node, rows in reads if node is attention and rows.shape == shape_of(arguments(attention)[0])]
     if not mine or not _only_queries(attention):
         return None
-    queries = mine[0].unique()
+    queries = torch.from_numpy(np.unique(mine[0].numpy()))
     others = [rows for node, rows in reads if node is not attention or rows is not mine[0]]
     if any(torch.isin(rows, queries).any() for rows in others):
         return None
@@ -59,7 +60,7 @@ def _reads(linear: fx.Node) -> list[tuple[fx.Node, Tensor]]:
     """(operation, rows that it reads) for everything that is not movement."""
     shape = shape_of(linear)
     values: dict[fx.Node, Any] = {linear: torch.arange(shape[-1]).expand(shape)}
-    reads = []
+    reads: list[tuple[fx.Node, Tensor]] = []
     for node in linear.graph.nodes:
         known = [n for n in node.all_input_nodes if n in values]
         if not known:

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 def prepare(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, threads: int = 1) -> PreparedORT:
     """Exports a program with every tensor that depends on its inputs kept apart. Raises TargetError if it cannot be exported."""
     data = {name for name, x in zip(program.inputs, program.example, strict=True) if isinstance(x, Tensor)}
+    if renamed := set(program.inputs) - {n.name for n in program.graph.nodes}:
+        raise TargetError(f"the program's graph does not name its input {sorted(renamed)[0]!r}")
     taps = []
     for node in program.graph.nodes:
         if node.op == "call_function" and any(i.name in data for i in node.all_input_nodes):
