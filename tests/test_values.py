@@ -142,7 +142,9 @@ def test_what_breaks_a_budget(lower_is_better: bool) -> None:
     worse = 0.08 * (1 if lower_is_better else -1)
 
     def broken(**changed: float) -> set[str]:
-        return set(budget.violations({"latency_ms": 2.0, "size_bytes": 10.0, "quality": 0.8, **changed}, base, lower_is_better=lower_is_better))
+        return set(
+            budget.violations({"latency_ms": 2.0, "size_bytes": 10.0, "quality": 0.8, **changed}, base, lower_is_better=lower_is_better)
+        )
 
     assert broken() == set() and broken(quality=0.8 + worse) == set() and broken(quality=0.8 - 5 * worse) == set()
     assert broken(latency_ms=2.01) == {"latency_ms"} and broken(size_bytes=11.0) == {"size_bytes"}

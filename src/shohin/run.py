@@ -105,6 +105,8 @@ class Run:
                 raise RunError(f"{path} is damaged: it holds no configuration")
             if config is not None:
                 self._same(config)
+                for leftover in self.folder.rglob(".*.tmp"):  # half-written files of a killed job
+                    leftover.unlink(missing_ok=True)
         else:
             if self.folder.exists() and (not self.folder.is_dir() or any(not _ours(p) for p in self.folder.iterdir())):
                 raise RunError(f"{self.folder} exists and is not a run folder; choose another 'out' or an empty folder")

@@ -47,6 +47,14 @@ def understand(model: nn.Module, example: Any) -> Graph:
     return graph
 
 
+def _checked(data: Any) -> Data:
+    if not isinstance(data, Data):
+        raise DataError(
+            f"data must be a shohin.Data, not {type(data).__name__}: write shohin.Data(train=loader) or shohin.Data(example=(x,))"
+        )
+    return data
+
+
 def _graph(model: nn.Module, example: Any) -> Graph:
     if example is not None:
         return understand(model, example)
@@ -111,6 +119,7 @@ def prune(
     """
     from shohin.pipeline.job import load_tensors, own_tensors
     from shohin.pipeline.timing import group_counts, plan_of
+    from shohin.planning.choice import Choice
     from shohin.planning.features import Features
     from shohin.planning.latency import LatencyModel
     from shohin.planning.loss import loss_table
@@ -127,7 +136,7 @@ def prune(
     _one_of("recover", recover, (None, "compensate", "distill"))
     if not 0 < keep <= 1:
         raise PlanError(f"keep must be a share in (0, 1]; got {keep}")
-    graph = understand(model, data)
+    graph = understand(model, _checked(data))
     calls = _calibration(data, seed) if data.has_batches else []
     if criterion == "taylor":
         saliency = {n: s.tolist() for n, s in group_saliency(graph, data, calls, seed=seed).items()}
@@ -135,10 +144,9 @@ def prune(
         saliency = _magnitudes(graph)
     options = [GroupOptions(g.name, g.size, g.counts, loss_table(saliency[g.name], g.counts)) for g in group_counts(graph, align).values()]
     features = Features(graph.costs)
-    costs = Costs(LatencyModel(features, np.zeros(len(features.names)), (), np.zeros(0), 0.0))
-    from shohin.planning.choice import Choice
-
-    whole = costs.of(Choice(graph.sizes), [of])[of]
+    full = Choice(graph.sizes)
+    costs = Costs(LatencyModel(features, np.zeros(len(features.names)), (full,), np.ones(1), 0.0))  # no time is asked for here
+    whole = costs.of(full, [of])[of]
     planned = plan_for_budget(costs, options, [], {of: keep * whole})
     if not planned.feasible:
         raise PlanError(
@@ -228,7 +236,7 @@ def quantize(
     from shohin.quantization import quantizable, quantize_program
 
     goal = get_target(target)
-    program = capture(model, data.example())
+    program = capture(model, _checked(data).example())
     layers = quantizable(program)
     chosen = {a: "float32" for a in layers}
     for pattern, name in ({"*": format} if isinstance(format, str) else format).items():
@@ -267,7 +275,7 @@ def distill(
     if len(names) != 1:
         raise DataError(f"one logit loss at a time; got {names}")
     own = copy.deepcopy(student)
-    alpha = 0.2 if data.has_labels else 0.0
+    alpha = 0.2 if _checked(data).has_labels else 0.0
     result = distill_(own, teacher, data, config=TrainConfig(epochs=epochs, seed=seed), loss=names[0], alpha=alpha)  # type: ignore[arg-type]
     quality = Measurement(result.best_quality, "measured: validation, in torch") if result.best_quality is not None else None
     return Candidate("distilled", Plan(""), own, metrics=Metrics(quality=quality), notes={"training": result.to_json()})
@@ -312,7 +320,7 @@ def export(
     given = candidate_or_model if isinstance(candidate_or_model, Candidate) else Candidate("exported", Plan(""), candidate_or_model)
     if given.model is None:
         raise RunError(f"candidate {given.name!r} has no model; load it with shohin.load(folder, model=..., example=...)")
-    example = data.example()
+    example = _checked(data).example()
     program = capture(given.model, example)
     quantized = requantized(program, given) if given.plan.formats else None
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -380,7 +388,7 @@ def profile(model: nn.Module, data: Data, target: str | Target = "onnxruntime", 
     from shohin.pipeline.timing import profile as profile_
     from shohin.run import Run
 
-    graph, goal = understand(model, data), get_target(target)
+    graph, goal = understand(model, _checked(data)), get_target(target)
     with tempfile.TemporaryDirectory(prefix="shohin-") as folder:
         job = Job(Run(folder, {"version": 1}), model, data, goal, Budget(), seed, graph, None, frozenset(("quantize", "skip")), False)
         profile_(job, lambda: None)
@@ -404,7 +412,7 @@ def verify(path: str | Path) -> dict[str, Any]:
 
     path = Path(path)
     if path.is_dir() and (path / "candidates").is_dir():
-        files = sorted((path / "candidates").glob("*/model.onnx"))
+        files = sorted(p.with_name("model.onnx") for p in (path / "candidates").glob("*/candidate.json"))  # what is finished
     elif path.is_dir():
         files = sorted(path.glob("*.onnx"))
     else:

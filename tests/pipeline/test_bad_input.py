@@ -28,7 +28,7 @@ BAD[3, 2, 5] = float("nan")
 
 def net(width: int = 8) -> nn.Module:
     torch.manual_seed(1)
-    return task.Watch(width, 1).eval()
+    return task.Watch(width, 0).eval()
 
 
 def with_nan(name: str) -> nn.Module:
@@ -59,13 +59,19 @@ CASES: dict[str, tuple[nn.Module, Data, dict[str, Any], type[ShohinError], str]]
     "broken model": (Moody(), good(), {}, ModelError, "RuntimeError: not today"),
     "validation shape": (net(), Data([(X, Y)], [(X[:, :3], Y)]), {}, DataError, "does not run on the first validation batch"),
     "later train shape": (net(), Data([(X, Y), (X[..., :32], Y)], [(X, Y)]), {}, DataError, r"\(16, 4, 32\).*only the batch may differ"),
-    "later validation shape": (net(), Data([(X, Y)], [(X, Y), (X[:, :3], Y)]), {}, DataError, r"on a validation batch \(shapes \[\(16, 3, 64\)\]"),
+    "later validation shape": (
+        net(),
+        Data([(X, Y)], [(X, Y), (X[:, :3], Y)]),
+        {},
+        DataError,
+        r"on a validation batch \(shapes \[\(16, 3, 64\)\]",
+    ),
     "batch form": (net(), Data([(X, Y, Y)], [(X, Y)]), {}, DataError, r"a batch must be x, \(x, y\) or a dict.*length 3"),
     "no batches": (net(), Data(example=(X,)), {}, DataError, r"needs batches: give Data\(train=loader"),
     "empty train": (net(), Data([], [(X, Y)]), {}, DataError, "the train loader is empty.*give a list or a DataLoader"),
     "empty validation": (net(), Data([(X, Y)], []), {}, DataError, "the validation loader is empty"),
     "used up": (net(), Data(iter([(X, Y)]), [(X, Y)]), {}, DataError, "used up after one pass"),
-    "nan weight": (with_nan("blocks.0.conv1.weight"), good(), {}, ModelError, "'blocks.0.conv1.weight' holds 1 NaN"),
+    "nan weight": (with_nan("stem.weight"), good(), {}, ModelError, "'stem.weight' holds 1 NaN"),
     "nan buffer": (with_nan("norm.running_var"), good(), {}, ModelError, "'norm.running_var' holds 1 NaN"),
     "nan data": (net(), Data([(BAD, Y)], [(X, Y)]), {}, DataError, "the inputs of the first train batch hold NaN"),
     "later nan data": (net(), Data([(X, Y), (BAD, Y)], [(X, Y)]), {}, DataError, "the inputs of a train batch hold NaN"),
@@ -79,10 +85,20 @@ CASES: dict[str, tuple[nn.Module, Data, dict[str, Any], type[ShohinError], str]]
     "banana": (net(), good(), {"budget": "latency <= banana"}, BudgetError, "'banana' is not a number with a unit, for example"),
     "contradiction": (net(), good(), {"budget": "latency <= 2 ms, latency <= 3 ms"}, BudgetError, "bounds latency twice"),
     "energy": (net(), good(), {"budget": "energy <= 2 mj"}, BudgetError, "does not measure energy"),
+    "not a model": ("net", good(), {}, ModelError, "a model is a torch.nn.Module, not str"),  # type: ignore[dict-item]
+    "not data": (net(), [(X, Y)], {}, DataError, r"must be a shohin.Data, not list: write shohin.Data\(train="),  # type: ignore[dict-item]
+    "finalists": (net(), good(), {"finalists": 0}, BudgetError, "finalists must be at least 1"),
+    "no time": (net(), good(), {"time_limit": -3}, BudgetError, "cannot read the time limit -3"),
     "time": (net(), good(), {"time_limit": "soon"}, BudgetError, "cannot read the time limit 'soon'"),
     "method": (net(), good(), {"methods": ("prune", "magic")}, BudgetError, "unknown method 'magic'; known: prune"),
     "target": (net(), good(), {"target": "onnxruntim"}, TargetError, "unknown target 'onnxruntim'.*did you mean 'onnxruntime'"),
-    "target not installed": (net(), good(), {"target": "executorch"}, TargetError, r"not installed; install it with: pip install 'shohin\["),
+    "target not installed": (
+        net(),
+        good(),
+        {"target": "executorch"},
+        TargetError,
+        r"not installed; install it with: pip install 'shohin\[",
+    ),
 }
 
 
@@ -129,6 +145,7 @@ def test_a_damaged_candidate_is_named_and_can_be_built_again(finished: Finished,
         with pytest.raises(RunError, match=rf"{best.name}/model\.safetensors is damaged .*delete the folder"):
             attempt()
     shutil.rmtree(weights.parent)
+    shutil.rmtree(out / "work")  # caches may always be deleted
     rebuilt = again(finished, out).candidates[best.name]
     assert rebuilt.plan == best.plan and rebuilt.artifact.read_bytes() == best.artifact.read_bytes()  # type: ignore[union-attr]
     assert rebuilt.metrics.values()["quality"] == best.metrics.values()["quality"]

@@ -96,7 +96,9 @@ def test_loading_gives_the_same(finished: Finished) -> None:
 
 
 def test_loading_with_the_model_rebuilds_candidates_that_equal_their_files(finished: Finished) -> None:
-    loaded = shohin.load(finished.result.folder, model=finished.model, example=finished.data.example().args)
+    x = finished.data.example().args[0]
+    loaded = shohin.load(finished.result.folder, model=finished.model, example=x)
+    assert shohin.load(finished.result.folder, model=finished.model, example=finished.data).best.plan == loaded.best.plan
     target = shohin.Target("onnxruntime")
     for name, c in loaded.candidates.items():
         assert c.model is not None and c.artifact is not None
@@ -113,6 +115,17 @@ def test_loading_with_the_model_rebuilds_candidates_that_equal_their_files(finis
         shohin.load(finished.result.folder, model=finished.model)
     with pytest.raises(RunError, match="belongs to another model"):
         shohin.load(finished.result.folder, model=torch.nn.Conv1d(4, 8, 3), example=finished.data.example().args)
+
+
+def test_a_loaded_candidate_can_be_exported_again(finished: Finished, tmp_path: Path) -> None:
+    loaded = shohin.load(finished.result.folder, model=finished.model, example=finished.data)
+    target = shohin.Target("onnxruntime")
+    for c in small(loaded.candidates):
+        again = shohin.export(c, finished.data, path=tmp_path / f"{c.name}.onnx")
+        assert again.artifact is not None and c.artifact is not None
+        assert snr(outputs(target.runner(c.artifact), finished), outputs(target.runner(again.artifact), finished)) > 30
+        assert again.metrics.values()["size_bytes"] == pytest.approx(c.metrics.values()["size_bytes"], rel=0.05)
+        assert again.notes["parity"]["departs"] == []
 
 
 def test_the_user_s_model_and_process_are_left_alone(finished: Finished) -> None:

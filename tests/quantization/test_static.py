@@ -126,7 +126,8 @@ def test_corrected_biases_take_the_mean_error_away(name: str) -> None:
         program, calls = case(name, seed)
         layers = set(quantizable(program))
         kinds = [
-            quantize_program(program, layers, calls, weight_format="int7", correct_bias=correct, ranges="minmax") for correct in (False, True)
+            quantize_program(program, layers, calls, weight_format="int7", correct_bias=correct, ranges="minmax")
+            for correct in (False, True)
         ]
         before, after = (output_shift(q, program, calls) for q in kinds)
         ratios.append(after / before)
@@ -143,7 +144,7 @@ def test_weight_grids(name: str, shape: tuple[int, ...]) -> None:
     plain = weight.abs().flatten(1).amax(1).double().clamp_min(1e-12) / q.format.high
     assert bool((q.scale > 0).all()) and bool((q.scale <= plain * 1.0001).all())
     error = (q.fake(weight) - weight).square().flatten(1).sum(1)
-    naive = (torch.fake_quantize_per_channel_affine(weight, plain.float(), torch.zeros(8), 0, -q.format.high, q.format.high) - weight)
+    naive = torch.fake_quantize_per_channel_affine(weight, plain.float(), torch.zeros(8), 0, -q.format.high, q.format.high) - weight
     assert bool((error <= naive.square().flatten(1).sum(1) * 1.001 + 1e-12).all())
     assert torch.equal(q.fake(weight)[1], torch.zeros(shape[1:]))
 
@@ -190,7 +191,7 @@ def test_errors() -> None:
     layers = set(quantizable(program))
     with pytest.raises(DataError, match=r"needs calibration batches: give Data\(train=loader\)"):
         quantize_program(program, layers, [])
-    with pytest.raises(PlanError, match="'nowhere/conv1d.0' is not a convolution or linear layer"):
+    with pytest.raises(PlanError, match=r"'nowhere/conv1d\.0' is not a convolution or linear layer"):
         quantize_program(program, {*layers, "nowhere/conv1d.0"}, calls)
     with pytest.raises(PlanError, match="unknown range method 'best'; known: mse"):
         quantize_program(program, layers, calls, ranges="best")

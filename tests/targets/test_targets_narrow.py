@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ from shohin.planning.latency import random_choices
 from shohin.program import fold
 from shohin.quantization import quantizable
 from shohin.surgery import understand
-from shohin.targets import CannotNarrow, Prepared, Target, get_target
+from shohin.targets import Prepared, Target, get_target
 from shohin.targets.onnxruntime.inspect import counts
 from shohin.targets.onnxruntime.session import Runner
 
@@ -44,11 +43,11 @@ class Shuffled(nn.Module):
         return self.head(torch.cat([torch.sigmoid(v), u * 2.0], 1).flatten(1))
 
 
-#: name -> model, shape of a sample, number of choices that may be lowered in full
+#: name -> model, shape of a sample
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "residual 1-d": (models.Residual1d, (2, 16)),
     "mobile with squeeze-excite": (models.MobileNet, (3, 16, 16)),
-    "vision transformer": (lambda: models.ViT(layers=2), (3, 8, 8)),
+    "vision transformer": (lambda: models.ViT(), (3, 8, 8)),
     "chunks": (models.Chunks, (3, 8, 8)),
     "flatten": (models.Flatten, (3, 8, 8)),
     "concat and split": (Shuffled, (3, 8, 8)),
@@ -74,7 +73,7 @@ def some_choices(graph: Graph, n: int, seed: int) -> list[Choice]:
 def test_narrowed_file_is_the_fully_lowered_one(case: str, tmp_path: Path) -> None:
     graph, target, made, x = prepared(case)
     choices = some_choices(graph, 4, 1)
-    sample = [c for c in choices if c.skipped][:1] + [choices[2], choices[7], choices[8]]
+    sample = [*[c for c in choices if c.skipped][:1], choices[3], choices[9]]
     again = torch.randn(3, *x.shape[1:])
     for choice in sample:
         plan = plan_of(graph, choice)
@@ -136,53 +135,3 @@ def test_latency_is_that_of_the_fully_lowered_file(tmp_path: Path) -> None:
         if worst < 0.05:
             break
         assert attempt < 2, times
-
-
-def test_what_is_not_certain_is_refused(tmp_path: Path) -> None:
-    graph, target, made, x = prepared("residual 1-d")
-    choice = next(c for c in some_choices(graph, 6, 2) if c.skipped and not c.int8)
-    plan = plan_of(graph, choice)
-    program, skips = fold(program_of(graph, plan)).program, skipped_nodes(graph, plan)
-    path = tmp_path / "m.onnx"
-    with pytest.raises(CannotNarrow, match="more than integers|not the operation"):
-        made.variant(program, path)  # the skipped regions are not named
-    (name,) = [n for n in program.tensors if n == "fc.weight"]
-    whole = dict(program.tensors) | {name: program.tensors[name][:, :-1]}
-    with pytest.raises((CannotNarrow, RuntimeError)):
-        made.variant(dataclasses.replace(program, tensors=whole), path, skips=skips)
-    other, *_ = prepared("flatten")
-    with pytest.raises(CannotNarrow, match="not the operation"):
-        made.variant(fold(other.program).program, path)
-    with pytest.raises(CannotNarrow, match="not a tensor of the exported graph"):
-        made.variant(program, path, skips=skips | {"nothing": "nowhere"})
-    assert not path.exists()
-    made.variant(program, path, skips=skips)
-    assert path.exists()
-
-
-def test_another_graph_than_the_program_is_noticed(tmp_path: Path) -> None:
-    """The prepared graph is damaged where no shape tells: only the comparison of values can see it."""
-    graph, target, made, x = prepared("flatten")
-    program = fold(program_of(graph, plan_of(graph, some_choices(graph, 1, 0)[2]))).program
-    path = tmp_path / "m.onnx"
-    made.variant(program, path)
-    held = made._optimized  # type: ignore[attr-defined]
-    assert len(held) == 1
-    for exported in held.values():
-        for node in exported.model.graph.node:
-            if node.op_type == "Relu":
-                node.op_type = "Sigmoid"
-    with pytest.raises(CannotNarrow, match="other values than the program"):
-        made.variant(program, path)
-
-
-def test_a_changed_scale_falls_back(tmp_path: Path) -> None:
-    """Attention whose head dim shrinks needs its default scale written out, which is more than an integer."""
-    torch.manual_seed(0)
-    model, x = models.lively(models.ViT("sdpa")).float(), torch.randn(1, 3, 8, 8)
-    graph, target = understand(model, (x,)), get_target("onnxruntime")
-    made = target.prepare(fold(graph.program).program, (x,))
-    least = {name: g.counts[0] for name, g in group_counts(graph, 1).items()}
-    program = program_of(graph, plan_of(graph, Choice(least)))
-    assert not lower_for_timing(target, program, frozenset(), tmp_path / "m.onnx", (x,), {}, made)
-    assert Runner(tmp_path / "m.onnx")(x).shape == model(x).shape

@@ -11,9 +11,8 @@ from shohin.candidate import Candidate, pareto
 def choose(candidates: dict[str, Candidate], budget: Budget, lower_is_better: bool) -> dict[str, Any]:
     """``{"best", "front", "reasons", "unmet"}`` by names.
 
-    The best keeps every constraint. Where a cost is bounded it has the best quality (the fastest of equals); where only the
-    drop is bounded, or nothing is, it is the fastest that is not slower than the baseline. The original is always a
-    candidate. If nothing keeps the budget, the one that misses by the smallest fraction is named, with what it misses.
+    The best keeps every constraint. Where only the drop is bounded it is the fastest; otherwise it has the best quality (the
+    fastest of equals). None is slower than the original, which is always a candidate. If nothing keeps the budget, the one that misses by the smallest fraction is named, with what it misses.
     """
     baseline = candidates["baseline"]
     base = baseline.metrics.values()
@@ -36,7 +35,11 @@ def choose(candidates: dict[str, Candidate], budget: Budget, lower_is_better: bo
     costs = [m for m in budget.limits if m != "drop"]
     unmet: list[str] = []
     if fits:
-        best = max(fits, key=lambda c: (quality(c), -latency(c))) if costs else min(fits, key=lambda c: (latency(c), -quality(c)))
+        best = (
+            max(fits, key=lambda c: (quality(c), -latency(c)))
+            if costs or not budget.limits
+            else min(fits, key=lambda c: (latency(c), -quality(c)))
+        )
         if best is baseline and len(measured) > 1:
             reasons.append("the original is the best: " + _why_not(measured, violations, slower))
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -76,9 +77,19 @@ class Job:
 
     @cached_property
     def held_out(self) -> list[Call]:
-        """Other batches of ``train``, for losses of views: they choose between plans, so validation stays fresh."""
+        """Other batches of ``train``, for losses of views: they choose between plans, so validation stays fresh.
+
+        A loader that does not shuffle gives its first batches to calibration: these are the last `CALIBRATION` of twice as many.
+        """
+        kept: deque[Call] = deque()
+        total = 0
         with self.seeded("held out"):
-            return list(self.data.calls("train", CALIBRATION))
+            for call in self.data.calls("train", 2 * CALIBRATION):
+                kept.append(call)
+                total += call.size
+                while total - kept[0].size >= CALIBRATION:
+                    total -= kept.popleft().size
+        return list(kept)
 
     @cached_property
     def example(self) -> tuple[Any, ...]:

@@ -76,6 +76,11 @@ def optimize(
     """
     began = time.monotonic()
     target, budget = get_target(target), Budget.parse(budget)
+    if not isinstance(data, Data):
+        raise DataError(f"data must be a shohin.Data, not {type(data).__name__}: write shohin.Data(train=loader, validation=loader2)")
+    methods = (methods,) if isinstance(methods, str) else tuple(methods)
+    if finalists < 1:
+        raise BudgetError(f"finalists must be at least 1; got {finalists}")
     unknown = set(methods) - set(METHODS)
     if unknown:
         raise BudgetError(f"unknown method {sorted(unknown)[0]!r}; known: {', '.join(METHODS)}")
@@ -276,13 +281,14 @@ def _config(
 
 def parse_time(value: float | str | None) -> float | None:
     """Seconds from a number or a text such as "90", "90 s", "20 min", "1.5 h". Raises BudgetError if it does not parse."""
-    if value is None or isinstance(value, (int, float)):
-        return None if value is None else float(value)
-    found = re.fullmatch(r"\s*([0-9.]+)\s*(s|sec|seconds|min|m|minutes|h|hours)?\s*", value)
-    if not found:
+    if value is None:
+        return None
+    found = re.fullmatch(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*(s|sec|seconds|min|m|minutes|h|hours)?\s*", str(value))
+    seconds = float(value) if isinstance(value, (int, float)) else float(found.group(1)) if found else math.nan
+    if not 0 < seconds < math.inf:
         raise BudgetError(f"cannot read the time limit {value!r}: give seconds, or for example '20 min'")
-    unit = (found.group(2) or "s")[0]
-    return float(found.group(1)) * {"s": 1.0, "m": 60.0, "h": 3600.0}[unit]
+    unit = (found.group(2) or "s")[0] if found else "s"
+    return seconds * {"s": 1.0, "m": 60.0, "h": 3600.0}[unit]
 
 
 @contextmanager

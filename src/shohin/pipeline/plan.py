@@ -155,8 +155,9 @@ def _finalists(
         costs = Costs(model, fixed_bytes=fixed)
         found, failed = front(costs, options, regions, precisions=kinds, fractions=FRACTIONS, budgets=limits)
         if not found:  # no plan keeps the cost bounds: what is possible is built and shown, with what binds
-            unmet = [min(failed, key=lambda p: max(value / bound for value, bound in p.plan.misses.values())).plan.binding]
-            found, _ = front(costs, options, regions, precisions=kinds, fractions=FRACTIONS)
+            nearest = min(failed, key=lambda p: max(value / bound for value, bound in p.plan.misses.values()))
+            unmet = [nearest.plan.binding]
+            found = [nearest, *front(costs, options, regions, precisions=kinds, fractions=FRACTIONS)[0]]
         picked = _pick(job, found, limits, saliency, count)
         new = [p for p in picked if p.plan.choice.digest not in timed]
         if not new:

@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from shohin.candidate import Candidate, Metrics
+from shohin.data import Data
 from shohin.errors import RunError
 from shohin.formats import Quantizer
 from shohin.graph import Graph
@@ -26,7 +27,7 @@ def load(folder: str | Path, model: nn.Module | None = None, example: Any = None
 
     Args:
         folder: the run folder.
-        model: the original model; with it (and ``example``, the arguments of one call) each candidate's ``.model`` is cut
+        model: the original model; with it (and ``example``: the arguments of one call, or a `shohin.Data`) each candidate's ``.model`` is cut
             again from its plan and its weights are loaded, and ``.view`` simulates its bits. Without it ``.model`` is None; files and metrics are there.
 
     Raises:
@@ -37,7 +38,9 @@ def load(folder: str | Path, model: nn.Module | None = None, example: Any = None
     if model is not None:
         if example is None:
             raise RunError("load(folder, model=...) needs example=(x,), the arguments of one call, to rebuild the candidates")
-        graph = understand(model, example)
+        if isinstance(example, Data):
+            example = example.example()
+        graph = understand(model, (example,) if isinstance(example, Tensor) else example)
         if graph.program.fingerprint != run.config["fingerprint"]:
             raise RunError(
                 f"{run.folder} belongs to another model (fingerprint {run.config['fingerprint'][:12]}, given {graph.program.fingerprint[:12]})"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from shohin.candidate import Candidate, Measurement, Metrics
 from shohin.data import Call
@@ -42,7 +43,8 @@ def lower_quantized(
     """Writes an integer file. Returns the view that it equals, its activation grids by node, and notes."""
     program, grids = quantized.program, quantized.sites.grids
     own = [n for n in quantized.activations if grids[n] == n]  # what only moves takes its source's grid by the target's own rules
-    names = {n: (program.origins[n].address if n in program.origins else n) for n in own}
+    outside = dict(zip(program.inputs, program.input_names, strict=True))
+    names = {n: (program.origins[n].address if n in program.origins else outside[n]) for n in own}
     taps = tuple(n for n in own if n in program.origins)
     lowered = target.lower(
         ProgramModule(program, taps=taps),
@@ -121,30 +123,31 @@ def verify_export(
         TargetError: if the file departs from the view.
     """
     view.eval()
-    inputs = [c.args for c in calls if not c.kwargs]
     tolerance = TOLERANCES["int8" if integer else "float32"]
     departs = target.check(path, expected)
-    if not inputs:
-        return {"boundaries": {}, "departs": departs, "tolerance": tolerance}
-    found = boundaries(view, path, inputs, tolerance, threads=target.threads)
+    found = boundaries(view, path, calls, tolerance, threads=target.threads)
     if not _passes(found["view_runtime"], integer):
         raise TargetError(
             f"{path.name} does not equal the view: relative difference {found['view_runtime']['max_rel']:.2e} on the training batches, "
             f"tolerance {tolerance}; the file is not handed over"
         )
-    _store_parity(view, path, inputs[0], tolerance, integer)
+    _store_parity(view, path, calls[0], tolerance, integer)
     return {"boundaries": found, "departs": departs, "tolerance": tolerance}
 
 
-def _store_parity(view: nn.Module, path: Path, args: tuple[Any, ...], tolerance: float, integer: bool, samples: int = 16) -> None:
+def _store_parity(view: nn.Module, path: Path, call: Call, tolerance: float, integer: bool, samples: int = 16) -> None:
     """What `verify_stored` needs: a few inputs, the view's answers, the tolerance and the file's checksum."""
-    few = tuple(a[:samples] if isinstance(a, torch.Tensor) and a.dim() else a for a in args)
+    leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
+    leaves = [a[:samples] if isinstance(a, torch.Tensor) and a.dim() else a for a in leaves]
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
     with torch.no_grad():
-        outputs = [t for t in torch.utils._pytree.tree_leaves(view(*few)) if isinstance(t, torch.Tensor)]
-    tensors = {f"input.{i}": a for i, a in enumerate(few) if isinstance(a, torch.Tensor)}
+        outputs = [t for t in pytree.tree_leaves(view(*args, **kwargs)) if isinstance(t, torch.Tensor)]
+    tensors = {f"input.{i}": a for i, a in enumerate(leaves) if isinstance(a, torch.Tensor)}
     tensors |= {f"output.{i}": t for i, t in enumerate(outputs)}
     write_tensors(path.with_suffix(".parity.safetensors"), tensors)
-    write_json(path.with_suffix(".parity.json"), {"tolerance": tolerance, "integer": integer, "checksum": checksum(path)})
+    plain = [None if isinstance(a, torch.Tensor) else a for a in leaves]
+    facts = {"tolerance": tolerance, "integer": integer, "checksum": checksum(path), "call": pytree.treespec_dumps(spec), "plain": plain}
+    write_json(path.with_suffix(".parity.json"), facts)
 
 
 def verify_stored(path: Path) -> dict[str, Any]:
@@ -159,10 +162,11 @@ def verify_stored(path: Path) -> dict[str, Any]:
     if checksum(path) != facts["checksum"]:
         raise RunError(f"{path} is damaged or was replaced: its checksum is not the stored one")
     tensors = read_tensors(path.with_suffix(".parity.safetensors"))
-    inputs = tuple(tensors[f"input.{i}"] for i in range(sum(k.startswith("input.") for k in tensors)))
+    leaves = [tensors.get(f"input.{i}", value) for i, value in enumerate(facts["plain"])]
+    args, kwargs = pytree.tree_unflatten(leaves, pytree.treespec_loads(facts["call"]))
     outputs = [tensors[f"output.{i}"] for i in range(sum(k.startswith("output.") for k in tensors))]
     runner = get_target("onnxruntime").runner(path)
-    found = parity(lambda *a: outputs, runner, [inputs], facts["tolerance"])
+    found = parity(lambda *a, **k: outputs, runner, [Call(args, kwargs, None, None)], facts["tolerance"])
     return {**found, "passes": _passes(found, facts["integer"])}
 
 

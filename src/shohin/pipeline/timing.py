@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import tempfile
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from shohin.errors import TargetError
+from shohin.errors import RunError, TargetError
 from shohin.graph import Graph
 from shohin.pipeline.job import Job, cache_folder
 from shohin.pipeline.ship import lower_for_timing
@@ -28,7 +29,7 @@ from shohin.surgery import rewrite
 from shohin.targets import Prepared
 
 #: random plans that are timed for each precision
-TIMED = 8
+TIMED = 12
 
 
 def group_counts(graph: Graph, vector_width: int) -> dict[str, GroupOptions]:
@@ -103,6 +104,8 @@ def profile(job: Job, tick: Any) -> LatencyModel:
     regions = [r.name for r in graph.regions] if "skip" in job.methods else []
     choices = random_choices(options, TIMED, 0, regions=regions, precisions=chosen)  # one set for all seeds: it is cached
     data = job.run.once("profile", "", lambda: _profile(job, features, choices, tick))
+    if data["choices"] != [c.digest for c in choices]:
+        raise RunError(f"{job.run.folder} was profiled by another version of Shohin, or on another kind of processor: use another folder")
     return LatencyModel.fit(features, choices, data["ms"])
 
 
@@ -112,6 +115,7 @@ def _profile(job: Job, features: Features, choices: Sequence[Choice], tick: Any)
     model = LatencyModel.fit(features, choices, ms)
     spreads = [timed[c.digest]["spread"] for c in choices]
     return {
+        "choices": [c.digest for c in choices],
         "ms": ms,
         "fallbacks": int(sum(row.get("fallback", 0.0) for row in timed.values())),
         "sizes": [timed[c.digest]["bytes"] for c in choices],
@@ -149,7 +153,7 @@ def time_choices(job: Job, choices: Sequence[Choice], tick: Any) -> dict[str, di
     """
     key = _cache_key(job, choices)
     cached = cache_folder() / "latency" / f"{key}.json"
-    if cached.exists():
+    with contextlib.suppress(RunError):  # missing, or damaged: it is only a cache
         found: dict[str, dict[str, float]] = read_json(cached)
         return found
     with tempfile.TemporaryDirectory(prefix="shohin-") as folder:

@@ -33,6 +33,8 @@ def capture(model: nn.Module, example: Call | tuple[Any, ...]) -> Program:
     Raises:
         ModelError: if the model does not run on the example, cannot be exported, or has NaN in its weights.
     """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"a model is a torch.nn.Module, not {type(model).__name__}")
     call = example if isinstance(example, Call) else Call(tuple(example), {}, None, None)
     args, kwargs = pytree.tree_map_only(Tensor, _at_least_two, (call.args, call.kwargs))
     _check_weights(model)
@@ -128,7 +130,11 @@ def _program(model: nn.Module, exported: Any, recorder: Recorder, inputs: Any) -
     graph: fx.Graph = exported.graph_module.graph
     signature = exported.graph_signature
     sources = locate(recorder.calls, graph)
+    graph, renamed = _stable(graph)
+    asked = {new: old for old, new in renamed.items()}
+    sources = {(renamed[node], position): source for (node, position), source in sources.items()}
     owned = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    owned = {renamed[name]: tensor for name, tensor in owned.items()}
     state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     tensors, names, user = {}, {}, []
     for node in graph.nodes:
@@ -164,6 +170,7 @@ def _program(model: nn.Module, exported: Any, recorder: Recorder, inputs: Any) -
         tensors=tensors,
         trainable=trainable | {name for name, main in aliases.items() if main in trainable},
         inputs=tuple(user),
+        input_names=tuple(asked[name] for name in user),
         in_spec=exported.call_spec.in_spec,
         out_spec=exported.call_spec.out_spec,
         example=tuple(flat),
@@ -172,6 +179,14 @@ def _program(model: nn.Module, exported: Any, recorder: Recorder, inputs: Any) -
         sources=sources,
         remarks=tuple(_remarks(model, graph, user)),
     )
+
+
+def _stable(graph: fx.Graph) -> tuple[fx.Graph, dict[str, str]]:
+    """A copy whose node names survive further copies (a copy renames what hides a builtin, ``input``), and old name -> new."""
+    copy, mapping = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in graph.nodes:
+        mapping[node] = copy.node_copy(node, lambda n: mapping[n])
+    return copy, {old.name: new.name for old, new in mapping.items()}
 
 
 def _clean(graph: fx.Graph) -> fx.Graph:

@@ -39,6 +39,7 @@ class Program:
         tensors: qualified name -> the model's own tensor (never a copy); tied tensors under each of their names.
         trainable: names that are parameters (the rest are buffers or constants).
         inputs: input placeholder node names, in flattened order.
+        input_names: their names in the model's forward, which exported files use.
         in_spec, out_spec: pytree specs of ``(args, kwargs)`` and of the outputs.
         example: flattened example inputs, batch >= 2.
         signature: of the model's forward, without ``self``.
@@ -52,6 +53,7 @@ class Program:
     tensors: Mapping[str, Tensor]
     trainable: frozenset[str]
     inputs: tuple[str, ...]
+    input_names: tuple[str, ...]
     in_spec: Any
     out_spec: Any
     example: tuple[Any, ...]

@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shohin.data import Call
 from shohin.errors import TargetError
 
 
 def parity(
-    reference: Callable[..., Any], runner: Callable[..., Any], inputs: Sequence[tuple[Any, ...]], tolerance: float
+    reference: Callable[..., Any], runner: Callable[..., Any], inputs: Sequence[tuple[Any, ...] | Call], tolerance: float
 ) -> dict[str, Any]:
     """Compares all output tensors of two callables.
 
     Args:
         reference, runner: callables of one signature and output structure.
-        inputs: positional arguments of each call.
+        inputs: positional arguments of each call, or the call itself.
         tolerance: largest relative error that passes: largest absolute difference divided by the largest absolute
             reference value of the same output, over all inputs.
 
@@ -39,7 +40,7 @@ def parity(
     finite = True
     for args in inputs:
         with torch.no_grad():
-            a, b = _tensors(reference(*args)), _tensors(runner(*args))
+            a, b = (_tensors(f(*args.args, **args.kwargs) if isinstance(args, Call) else f(*args)) for f in (reference, runner))
         if [x.shape for x in a] != [x.shape for x in b]:
             raise TargetError(f"outputs differ in shape: {[tuple(x.shape) for x in a]} and {[tuple(x.shape) for x in b]}")
         worst_abs = worst_abs or [0.0] * len(a)
@@ -71,7 +72,7 @@ def parity(
 
 
 def boundaries(
-    view: Callable[..., Any], path: Path, inputs: Sequence[tuple[Any, ...]], tolerance: float, *, threads: int = 1
+    view: Callable[..., Any], path: Path, inputs: Sequence[tuple[Any, ...] | Call], tolerance: float, *, threads: int = 1
 ) -> dict[str, dict[str, Any]]:
     """Parity at each boundary of a lowering: view == ONNX file == runtime.
 

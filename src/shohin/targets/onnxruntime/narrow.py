@@ -32,7 +32,7 @@ def changed_nodes(full: Program, program: Program, skips: Mapping[str, str]) -> 
         CannotNarrow: if the programs differ in anything but integers and the skipped regions.
     """
     before = {n.name: n for n in full.graph.nodes}
-    out = set()
+    out: set[str] = set()
 
     def plain(value: Any, skipped: Mapping[str, str]) -> Any:
         if isinstance(value, fx.Node):
@@ -184,10 +184,10 @@ def _sizes(model: onnx.ModelProto, edges: Edges, node: onnx.NodeProto, old: tupl
 
     name = node.input[1]
     if name in edges.initializers:
-        held = array(edges.initializers[name])
-        if held.shape != (len(old),):
+        sizes = array(edges.initializers[name])
+        if sizes.shape != (len(old),):
             raise CannotNarrow(f"{node.output[0]}: its shape has another length")
-        node.input[1] = _add(model, f"{node.output[0]}.shape", np.asarray([follow(int(s), i) for i, s in enumerate(held)], dtype=np.int64))
+        node.input[1] = _add(model, f"{node.output[0]}.shape", np.asarray([follow(int(s), i) for i, s in enumerate(sizes)], dtype=np.int64))
         return
     maker = edges.producer.get(name)
     if maker is None or maker.op_type != "Concat":

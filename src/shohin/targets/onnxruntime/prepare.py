@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from shohin.errors import TargetError
 from shohin.formats import Quantizer
 from shohin.program import Program, ProgramModule, interpret
 from shohin.run import write_atomic
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
 def prepare(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, threads: int = 1) -> PreparedORT:
     """Exports a program with every tensor that depends on its inputs kept apart. Raises TargetError if it cannot be exported."""
     data = {name for name, x in zip(program.inputs, program.example, strict=True) if isinstance(x, Tensor)}
-    if renamed := set(program.inputs) - {n.name for n in program.graph.nodes}:
-        raise TargetError(f"the program's graph does not name its input {sorted(renamed)[0]!r}")
     taps = []
     for node in program.graph.nodes:
         if node.op == "call_function" and any(i.name in data for i in node.all_input_nodes):
@@ -101,13 +98,13 @@ class PreparedORT(Prepared):
         activations, skips = dict(activations or {}), dict(skips or {})
         changed = changed_nodes(self.program, program, skips)
         sized = {n.name for n in program.graph.nodes if family_of(n) in SIZES} & self.names.keys()
-        taps = {n for n in (*activations, *changed, *sized, *skips, *skips.values()) if n not in self.program.inputs}
-        if unknown := taps - self.names.keys():
+        taps = {n for n in (*activations, *changed, *sized) if n not in self.program.inputs}
+        if unknown := {*taps, *skips, *skips.values()} - self.names.keys() - set(self.program.inputs):
             raise CannotNarrow(f"{sorted(unknown)[0]} is not a tensor of the exported graph")
         try:
             exported = self._narrowed(program, frozenset(taps), skips, changed | sized)
             names = [self.names[n] for n in taps]
-            quantizers = {self.names.get(n, n): q for n, q in activations.items()}
+            quantizers = {self.names.get(n) or self._outside[n]: q for n, q in activations.items()}
             tensors = {name: t for name, t in program.tensors.items() if name in program.trainable}
             rest = {name: t for name, t in program.tensors.items() if name not in program.trainable}
             with tempfile.TemporaryDirectory(prefix="shohin-") as folder:
@@ -117,20 +114,21 @@ class PreparedORT(Prepared):
                 write_atomic(path, made.path.read_bytes())
         except CannotNarrow:
             raise
-        except TargetError as error:
+        except Exception as error:  # from the exporter's optimizer or the runtime: a full lowering says it better, or works
             raise CannotNarrow(str(error)) from error
         return replace(made, path=path)
 
     def _narrowed(self, program: Program, taps: frozenset[str], skips: Mapping[str, str], changed: frozenset[str]) -> Exported:
         """The graph of the narrower program, with the taps that stay as outputs; compared with the program on the example."""
-        full = self._with_taps(taps)
-        model, tensor = type(full.model)(), {n: full.aliases.get(self.names[n], self.names[n]) for n in taps}
+        alive = {n.name for n in program.graph.nodes}
+        full = self._full(taps, frozenset(n for pair in skips.items() for n in pair if n not in self.program.inputs), alive)
+        model, tensor = type(full.model)(), {n: full.aliases.get(name, name) for n, name in self.names.items()}
         model.CopyFrom(full.model)
-        tensor.update({name: name for name in self.program.inputs})
+        tensor.update(self._outside)
         own = full.signature.outputs
         cut_out(model, {tensor[a]: tensor[b] for a, b in skips.items()})
-        alive = {n.name for n in program.graph.nodes}
-        kept = {n: tensor[n] for n in taps if n in alive and n not in skips}
+        shown = {o.name for o in model.graph.output}
+        kept = {n: tensor[n] for n in taps if n in alive and n not in skips and tensor[n] in shown}
         drop_outputs(model, {o.name for o in model.graph.output} - set(own) - set(kept.values()))
         drop_unused(model)
         fill(model, self.program, program)
@@ -159,13 +157,27 @@ class PreparedORT(Prepared):
             found = session.run(names, self._feed(program, [i.name for i in session.get_inputs()]))
         except Exception as error:  # the runtime's exception classes are private
             raise CannotNarrow(f"the narrowed graph does not run: {error}") from error
-        compare(dict(zip(names, found, strict=True)), {n: v.numpy() for n, v in wanted.items()})
+        compare(dict(zip(names, found, strict=True)), {n: v.detach().cpu().numpy() for n, v in wanted.items()})
+
+    @property
+    def _outside(self) -> dict[str, str]:
+        """Input node -> its name in the file."""
+        return dict(zip(self.program.inputs, self.program.input_names, strict=True))
 
     def _feed(self, program: Program, names: list[str]) -> dict[str, Any]:
-        values = dict(zip(program.inputs, self.example, strict=True))
+        values = dict(zip(program.input_names, self.example, strict=True))
         if missing := set(names) - values.keys():
             raise CannotNarrow(f"the graph has an input {sorted(missing)[0]!r} that the program has not")
-        return {name: np.ascontiguousarray(values[name].detach().numpy()) for name in names}
+        return {name: np.ascontiguousarray(values[name].detach().cpu().numpy()) for name in names}
+
+    def _full(self, taps: frozenset[str], ends: frozenset[str], alive: set[str]) -> Exported:
+        """The full graph with taps and the ends of skipped regions: one that is at hand, if what stays of it would be the same."""
+        for held, exported in self._optimized.items():
+            found = {o for node in exported.model.graph.node for o in node.output}
+            named = all(exported.aliases.get(self.names[n], self.names[n]) in found for n in ends)
+            if named and taps <= held and not (held - taps - ends) & alive:
+                return exported
+        return self._with_taps(taps | ends)
 
     def _with_taps(self, taps: frozenset[str]) -> Exported:
         """The full graph, optimized as the exporter would with these taps."""
