@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from shohin.graph.costs import Extent, Operator, Term
+from shohin.graph.costs import Edge, Extent, Operator, Term
 from shohin.planning.choice import Choice
-from shohin.planning.features import Edge, Features
+from shohin.planning.features import Features
 from shohin.planning.latency import LatencyModel, random_choices
 from shohin.planning.loss import group_options
 from shohin.planning.options import GroupOptions, RegionOption, aligned_counts

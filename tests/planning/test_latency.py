@@ -6,9 +6,9 @@ import pytest
 from nets import chain, conv, fitted, residual, truth, whole, width
 
 from shohin.errors import PlanError
-from shohin.graph.costs import Extent, Operator, Term
+from shohin.graph.costs import Edge, Extent, Operator, Term
 from shohin.planning.choice import Choice
-from shohin.planning.features import ELEMENTS_SCALE, MACS_SCALE, Edge, Features
+from shohin.planning.features import ELEMENTS_SCALE, MACS_SCALE, Features
 from shohin.planning.latency import LatencyModel, random_choices
 from shohin.planning.resources import Costs
 

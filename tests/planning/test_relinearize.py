@@ -6,9 +6,8 @@ import pytest
 from nets import chain, conv, fitted, residual, whole, width
 
 from shohin.errors import BudgetError, PlanError
-from shohin.graph.costs import Extent, Operator, Term
+from shohin.graph.costs import Edge, Extent, Operator, Term
 from shohin.planning.choice import Choice
-from shohin.planning.features import Edge
 from shohin.planning.front import Precision, front
 from shohin.planning.options import GroupOptions, RegionOption, place_regions
 from shohin.planning.pairs import pair_problem

@@ -62,3 +62,17 @@ class Operator:
     def amounts(self, kept: Mapping[str, int]) -> tuple[float, float, float]:
         """(MACs, elements, weight elements) at these widths."""
         return sum(t.at(kept) for t in self.macs), sum(t.at(kept) for t in self.elements), sum(t.at(kept) for t in self.weights)
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A tensor that goes from one operation to another; it costs a conversion where the precisions differ.
+
+    Args:
+        source, target: addresses; "" is the outside of the model, which is float32.
+        elements: its size.
+    """
+
+    source: str
+    target: str
+    elements: tuple[Term, ...]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
-from shohin.graph.costs import Operator
+from shohin.graph.costs import Edge, Operator
 from shohin.graph.labels.context import Frozen, Parameter, propagate
 from shohin.graph.labels.core import Array, Labels, compress
-from shohin.graph.operators import Extents, macs_of, operators
+from shohin.graph.operators import Extents, edges, macs_of, operators
 from shohin.graph.regions import Region, find_regions
 from shohin.graph.units import Structure, UnitGroup, find_groups
 from shohin.plan import Plan
@@ -29,8 +29,9 @@ class Graph:
         label_count: labels are below this number.
         groups: width decisions.
         regions: what can be skipped.
-        costs: operations that cost time.
         frozen: what cannot be chosen, and why.
+        costs: operations that cost time.
+        edges: the tensors between these.
     """
 
     program: Program
@@ -39,8 +40,9 @@ class Graph:
     label_count: int
     groups: tuple[UnitGroup, ...]
     regions: tuple[Region, ...]
-    costs: tuple[Operator, ...]
     frozen: tuple[Frozen, ...]
+    costs: tuple[Operator, ...] = ()
+    edges: tuple[Edge, ...] = ()
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -112,14 +114,15 @@ def understand_program(program: Program) -> Graph:
     single = {name: v for name, v in labels.items() if isinstance(v, Labels)}
     regions = find_regions(program, single)
     frozen = tuple(dict.fromkeys(note for note, _ in context.frozen))
-    graph = Graph(program, labels, planes, count, tuple(groups), tuple(regions), (), frozen)
-    return _with_costs(graph, single)
+    return with_costs(Graph(program, labels, planes, count, tuple(groups), tuple(regions), frozen))
 
 
-def _with_costs(graph: Graph, labels: Mapping[str, Labels]) -> Graph:
+def with_costs(graph: Graph) -> Graph:
+    """The graph with its costs as functions of the widths of its groups."""
     extents = Extents(graph.groups, graph.label_count)
+    labels = {name: value for name, value in graph.labels.items() if isinstance(value, Labels)}
     costs = operators(graph.program, labels, graph.planes, extents, graph.regions)
-    return Graph(graph.program, graph.labels, graph.planes, graph.label_count, graph.groups, graph.regions, tuple(costs), graph.frozen)
+    return replace(graph, costs=tuple(costs), edges=tuple(edges(graph.program, labels, extents, costs)))
 
 
 def _settle_planes(parameter: Parameter, find: Callable[[Array], Array]) -> list[Array]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import fx
 
-from shohin.graph.costs import Extent, Operator, Term
+from shohin.graph.costs import Edge, Extent, Operator, Term
 from shohin.graph.labels.core import Array, Labels
 from shohin.graph.regions import Region
 from shohin.graph.units import UnitGroup
@@ -142,6 +142,31 @@ def operators(
         inside = tuple(r.name for r in regions if node.name in r.nodes)
         out.append(Operator(origin.address, kind, tuple(macs), tuple(elements), tuple(weights), inside, origin.module))
     return out
+
+
+def edges(program: Program, labels: Mapping[str, Labels], extents: Extents, costs: Sequence[Operator]) -> list[Edge]:
+    """The tensors between operations that cost time (free ones in between do not count), in program order."""
+    known = {op.address for op in costs}
+    found: dict[tuple[str, str], Edge] = {}
+
+    def source(node: fx.Node) -> str | None:
+        while node.op == "call_function" and program.origins[node.name].address not in known:
+            if not node.all_input_nodes:
+                return None
+            node = node.all_input_nodes[0]
+        if node.op == "placeholder":
+            return None if node.name in program.names else ""
+        return program.origins[node.name].address
+
+    for node in program.graph.nodes:
+        target = program.origins[node.name].address if node.op == "call_function" else ""
+        if node.op == "placeholder" or (target and target not in known):
+            continue
+        for tensor in node.all_input_nodes:
+            start = source(tensor) if tensor.name in labels else None
+            if start is not None and start != target:
+                found.setdefault((start, target), Edge(start, target, tuple(extents.tensor(labels[tensor.name]))))
+    return list(found.values())
 
 
 def _work(

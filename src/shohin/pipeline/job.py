@@ -24,8 +24,10 @@ from shohin.run import Run
 from shohin.targets import Target
 from shohin.training.randomness import generators_of, isolated, mix, seed_everything
 
-#: most samples used for calibration, saliency and view losses
+#: most samples used for calibration, saliency and losses of views
 CALIBRATION = 256
+#: fewest samples for a loss of a view, and the seconds that one forward pass over its samples may take
+LEAST, VIEW_SECONDS = 48, 2.0
 
 
 @dataclass(eq=False)
@@ -92,6 +94,29 @@ class Job:
         return list(kept)
 
     @cached_property
+    def view_samples(self) -> int:
+        """Samples for a loss of a view (journaled): as many as the model runs in `VIEW_SECONDS`, `LEAST` to `CALIBRATION`."""
+        found: int = self.run.once("view samples", "", self._view_samples)
+        return found
+
+    def _view_samples(self) -> int:
+        call = self.held_out[0]
+        began = time.monotonic()
+        self.answers(self.model, [call])
+        per_sample = (time.monotonic() - began) / call.size
+        return max(LEAST, min(CALIBRATION, int(VIEW_SECONDS / max(per_sample, 1e-9))))
+
+    @cached_property
+    def view_calls(self) -> list[Call]:
+        """The first held-out batches, of `view_samples` samples or a little more."""
+        out: list[Call] = []
+        for call in self.held_out:
+            if sum(c.size for c in out) >= self.view_samples:
+                break
+            out.append(call)
+        return out
+
+    @cached_property
     def example(self) -> tuple[Any, ...]:
         """The example call's positional arguments."""
         return self.data.example().args
@@ -103,23 +128,23 @@ class Job:
 
     @cached_property
     def reference(self) -> list[Tensor]:
-        """The original's first output on each held-out batch."""
-        return self.answers(self.model)
+        """The original's first output on each of the view batches."""
+        return self.answers(self.model, self.view_calls)
 
-    def answers(self, model: nn.Module) -> list[Tensor]:
-        """First output of a module on each held-out batch, in evaluation mode."""
+    def answers(self, model: nn.Module, calls: list[Call]) -> list[Tensor]:
+        """First output of a module on each batch, in evaluation mode."""
         modes = [(m, m.training) for m in model.modules()]
         model.eval()
         try:
             with torch.no_grad():
-                return [first_output(model(*c.args, **c.kwargs)).detach() for c in self.held_out]
+                return [first_output(model(*c.args, **c.kwargs)).detach() for c in calls]
         finally:
             for module, mode in modes:
                 module.training = mode
 
     def divergence(self, model: nn.Module) -> float:
         """How far a module's answers are from the original's: mean KL (nats) of class scores, relative squared error otherwise."""
-        return distance(self.reference, self.answers(model))
+        return distance(self.reference, self.answers(model, self.view_calls))
 
     def folder(self, name: str) -> Path:
         """The folder of a candidate."""

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from shohin.candidate import Candidate
 from shohin.errors import ShohinError
-from shohin.pipeline.job import Job
-from shohin.pipeline.timing import group_counts, plan_of, precisions, time_choices
+from shohin.pipeline.formats import worthwhile
+from shohin.pipeline.job import Job, load_tensors
+from shohin.pipeline.timing import group_counts, plan_of, time_choices
 from shohin.planning.choice import Choice
-from shohin.planning.features import Features
 from shohin.planning.front import Point, Precision, front
 from shohin.planning.latency import LatencyModel
 from shohin.planning.loss import correct, loss_table
 from shohin.planning.options import GroupOptions, RegionOption
 from shohin.planning.resources import Costs
-from shohin.program import with_graph
 from shohin.pruning.layerwise import refit
 from shohin.pruning.saliency import group_saliency
-from shohin.quantization import quantizable, quantize_program
 from shohin.surgery import rewrite, view, view_of
 
 Tick = Callable[[], None]
@@ -74,8 +72,8 @@ def saliencies(job: Job, tick: Tick) -> dict[str, list[float]]:
     return found
 
 
-def tables(job: Job, saliency: Mapping[str, list[float]], tick: Tick) -> tuple[list[GroupOptions], list[RegionOption], list[Precision]]:
-    """Options with losses: second-order tables scaled to losses of views that cut one group; regions and formats measured."""
+def tables(job: Job, saliency: Mapping[str, list[float]], tick: Tick) -> tuple[list[GroupOptions], list[RegionOption]]:
+    """Options with losses: second-order tables scaled to losses of views that cut one group; regions measured."""
     measured = job.run.once("tables", "", lambda: _measure_tables(job, saliency, tick))
     counts = group_counts(job.graph, job.target.vector_width)
     if "prune" not in job.methods:
@@ -83,10 +81,7 @@ def tables(job: Job, saliency: Mapping[str, list[float]], tick: Tick) -> tuple[l
     options = {n: replace(g, loss=loss_table(saliency[n], g.counts)) for n, g in counts.items()}
     options = correct(options, {(name, int(count)): loss for name, count, loss in measured["groups"]})
     regions = [RegionOption(name, loss) for name, loss in measured["regions"]]
-    kinds, losses = precisions(job), dict(measured["precisions"])
-    # a float segment costs time: it is planned with only where it saves a third of what int8 everywhere loses
-    worth = [n for n, loss in losses.items() if n in ("float32", "int8") or loss < 2 / 3 * losses["int8"]]
-    return list(options.values()), regions, [Precision(name, kinds[name], losses[name]) for name in worth]
+    return list(options.values()), regions
 
 
 def _measure_tables(job: Job, saliency: Mapping[str, list[float]], tick: Tick) -> dict[str, Any]:
@@ -107,17 +102,7 @@ def _measure_tables(job: Job, saliency: Mapping[str, list[float]], tick: Tick) -
                 continue
             regions.append([region.name, loss])
             tick()
-    kinds = []
-    for name, int8 in precisions(job).items():
-        loss = 0.0
-        if int8:
-            quantized = quantize_program(
-                graph.program, set(int8) & set(quantizable(graph.program)), job.calibration, least_scale=job.target.least_scale()
-            )
-            loss = job.divergence(quantized.view())
-        kinds.append([name, loss])
-        tick()
-    return {"groups": groups, "regions": regions, "precisions": kinds}
+    return {"groups": groups, "regions": regions}
 
 
 def bounds(job: Job, baseline: Candidate, whole_ms: float) -> dict[str, float]:
@@ -140,69 +125,107 @@ def finalists(
     return [Finalist.from_json(f) for f in data["finalists"]]
 
 
+@dataclass
+class _Search:
+    """What the rounds of planning have found.
+
+    Args:
+        model: latency model, refitted with every favourite that was timed.
+        found: planned points of the last round.
+        picked: the favourites among them.
+        timed: choice digest -> (milliseconds, prediction by a model that had not seen it).
+        unmet: what binds, if no plan keeps the cost bounds.
+        rounds: for the journal.
+    """
+
+    model: LatencyModel
+    found: list[Point] = field(default_factory=list)
+    picked: list[Point] = field(default_factory=list)
+    timed: dict[str, tuple[float, float]] = field(default_factory=dict)
+    unmet: list[str] = field(default_factory=list)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+
+
 def _finalists(
     job: Job, model: LatencyModel, baseline: Candidate, saliency: dict[str, list[float]], tick: Tick, count: int
 ) -> dict[str, Any]:
-    options, regions, kinds = tables(job, saliency, tick)
-    profile = (job.run.find("profile") or {"data": {}})["data"]
-    whole = Choice(job.graph.sizes)
-    limits = bounds(job, baseline, profile["ms"][0])
-    fixed = _fixed_bytes(model, profile)
-    timed: dict[str, tuple[float, float]] = {}  # digest -> (measured, predicted before it was seen)
-    unmet: list[str] = []
-    rounds = []
-    for number in range(3):
-        costs = Costs(model, fixed_bytes=fixed)
-        found, failed = front(costs, options, regions, precisions=kinds, fractions=FRACTIONS, budgets=limits)
-        if not found:  # no plan keeps the cost bounds: what is possible is built and shown, with what binds
-            nearest = min(failed, key=lambda p: max(value / bound for value, bound in p.plan.misses.values()))
-            unmet = [nearest.plan.binding]
-            found = [nearest, *front(costs, options, regions, precisions=kinds, fractions=FRACTIONS)[0]]
-        picked = _pick(job, found, limits, saliency, count)
-        new = [p for p in picked if p.plan.choice.digest not in timed]
-        if not new:
-            break
-        results = time_choices(job, [whole, *[p.plan.choice for p in new]], tick)
-        scale = profile["ms"][0] / results[whole.digest]["ms"]
-        for p in new:
-            timed[p.plan.choice.digest] = (results[p.plan.choice.digest]["ms"] * scale, model.predict(p.plan.choice))
-        model = model.refit([p.plan.choice for p in new], [timed[p.plan.choice.digest][0] for p in new])
-        rounds.append({"round": number, "new": len(new)})
-        over = [p for p in picked if timed[p.plan.choice.digest][0] > limits.get("latency_ms", float("inf")) * 1.0]
-        if not over:
-            break
-    picked = _pick(job, found, limits, saliency, count)
-    picked = [p for p in picked if p.plan.choice.digest in timed]
+    kinds = worthwhile(job)
+    search = _search(job, model, baseline, saliency, kinds, tick, count)
     out = []
-    for i, p in enumerate(picked):
-        measured, predicted = timed[p.plan.choice.digest]
-        label = "float" if p.precision == "float32" else "int8"
-        out.append(
-            Finalist(
-                f"c{i + 1}-{label}", p.plan.choice, predicted, measured, p.plan.loss, view_loss(job, p.plan.choice, saliency), p.precision
-            ).to_json()
-        )
-    if "int8" in {k.name for k in kinds} and not any(
-        p.plan.choice.kept == whole.kept and p.precision == "int8" and not p.plan.choice.skipped for p in picked
-    ):
-        choice = Choice(job.graph.sizes, frozenset(), precisions(job)["int8"])
-        results = time_choices(job, [whole, choice], tick)
-        measured = results[choice.digest]["ms"] * profile["ms"][0] / results[whole.digest]["ms"]
-        out.append(
-            Finalist(
-                "c0-int8-only", choice, model.predict(choice), measured, next(k.loss for k in kinds if k.name == "int8"), 0.0, "int8"
-            ).to_json()
-        )
+    for i, p in enumerate(search.picked):
+        name = f"c{i + 1}-{'float' if p.precision == 'float32' else 'int8'}"
+        out.append(_finalist(job, search, name, p.plan.choice, p.plan.loss, p.precision, saliency))
+    plain = next((k for k in kinds if k.name == "int8"), None)
+    if plain is not None:  # integers alone are always worth a look: they need no training
+        choice = Choice(job.graph.sizes, frozenset(), plain.int8)
+        if choice not in [p.plan.choice for p in search.picked]:
+            _time(job, search, [choice], tick)
+            out.append(_finalist(job, search, "c0-int8-only", choice, plain.loss, plain.name, saliency))
     return {
-        "finalists": out,
+        "finalists": [f.to_json() for f in out],
         "note": "relinearized",
-        "rounds": rounds,
-        "unmet": unmet,
-        "predictions": [{"name": f["name"], "latency_ms": f["predicted_ms"], "loss": f["loss"]} for f in out],
+        "rounds": search.rounds,
+        "unmet": search.unmet,
+        "predictions": [{"name": f.name, "latency_ms": f.predicted_ms, "loss": f.loss} for f in out],
         "front": [
-            {"latency_ms": p.plan.predicted["latency_ms"], "loss": p.plan.loss, "precision": p.precision, "gap": p.plan.gap} for p in found
+            {"latency_ms": p.plan.predicted["latency_ms"], "loss": p.plan.loss, "precision": p.precision, "gap": p.plan.gap}
+            for p in search.found
         ],
     }
+
+
+def _finalist(
+    job: Job, search: _Search, name: str, choice: Choice, loss: float, precision: str, saliency: dict[str, list[float]]
+) -> Finalist:
+    measured, predicted = search.timed[choice.digest]
+    return Finalist(name, choice, predicted, measured, loss, view_loss(job, choice, saliency), precision)
+
+
+def _search(
+    job: Job,
+    model: LatencyModel,
+    baseline: Candidate,
+    saliency: dict[str, list[float]],
+    kinds: list[Precision],
+    tick: Tick,
+    count: int,
+) -> _Search:
+    """Plans, times the favourites for real, and plans again with what was learnt, until they keep the bounds (three rounds)."""
+    options, regions = tables(job, saliency, tick)
+    profile = (job.run.find("profile") or {"data": {}})["data"]
+    limits = bounds(job, baseline, profile["ms"][0])
+    fixed = _fixed_bytes(model, profile)
+    search = _Search(model)
+    for _ in range(3):
+        costs = Costs(search.model, fixed_bytes=fixed)
+        search.found, failed = front(costs, options, regions, precisions=kinds, fractions=FRACTIONS, budgets=limits)
+        if not search.found:  # no plan keeps the cost bounds: what is possible is built and shown, with what binds
+            nearest = min(failed, key=lambda p: max(value / bound for value, bound in p.plan.misses.values()))
+            search.unmet = [nearest.plan.binding]
+            search.found = [nearest, *front(costs, options, regions, precisions=kinds, fractions=FRACTIONS)[0]]
+        search.picked = _pick(job, search.found, kinds, saliency, count)
+        new = [p.plan.choice for p in search.picked if p.plan.choice.digest not in search.timed]
+        if not new:
+            break
+        sizes = _time(job, search, new, tick)
+        fixed += max(0.0, *(size - costs.of(c, ["size_bytes"])["size_bytes"] for c, size in zip(new, sizes, strict=True)))
+        search.rounds.append({"timed": len(new)})
+        slow = [p for p in search.picked if search.timed[p.plan.choice.digest][0] > limits.get("latency_ms", float("inf"))]
+        large = [s for s in sizes if s > limits.get("size_bytes", float("inf"))]
+        if not slow and not large:
+            break
+    return search
+
+
+def _time(job: Job, search: _Search, choices: list[Choice], tick: Tick) -> list[float]:
+    """Times choices against the whole model, notes predictions, and refits. Returns the files' sizes in bytes."""
+    whole = Choice(job.graph.sizes)
+    results = time_choices(job, [whole, *choices], tick)
+    scale = (job.run.find("profile") or {"data": {}})["data"]["ms"][0] / results[whole.digest]["ms"]
+    times = [results[c.digest]["ms"] * scale for c in choices]
+    search.timed |= {c.digest: (t, search.model.predict(c)) for c, t in zip(choices, times, strict=True)}
+    search.model = search.model.refit(choices, times)
+    return [results[c.digest]["bytes"] for c in choices]
 
 
 def _fixed_bytes(model: LatencyModel, profile: Mapping[str, Any]) -> float:
@@ -214,7 +237,7 @@ def _fixed_bytes(model: LatencyModel, profile: Mapping[str, Any]) -> float:
     return max(float(np.median(r)) for r in rests.values())
 
 
-def _pick(job: Job, found: list[Point], limits: Mapping[str, float], saliency: dict[str, list[float]], count: int) -> list[Point]:
+def _pick(job: Job, found: list[Point], kinds: list[Precision], saliency: dict[str, list[float]], count: int) -> list[Point]:
     """The planned points to go on with, best first: the least loss within the budget, then others spread over faster ones.
 
     Only points that no other beats on latency and estimated loss are looked at; their views decide.
@@ -225,8 +248,9 @@ def _pick(job: Job, found: list[Point], limits: Mapping[str, float], saliency: d
             front_points.append(p)
     if not front_points:
         return []
-    candidates = front_points[::-1][: 3 * count + 1]
-    losses = {p.plan.choice.digest: view_loss(job, p.plan.choice, saliency) + _offset(job, p.precision) for p in candidates}
+    offset = {k.name: k.loss for k in kinds}
+    candidates = front_points[::-1][: 2 * count + 2]
+    losses = {p.plan.choice.digest: view_loss(job, p.plan.choice, saliency) + offset[p.precision] for p in candidates}
     best = min(candidates, key=lambda p: losses[p.plan.choice.digest])
     picked = [best]
     for share in (0.7, 0.45, 0.3, 0.2)[: count - 1]:
@@ -235,11 +259,6 @@ def _pick(job: Job, found: list[Point], limits: Mapping[str, float], saliency: d
         if near:
             picked.append(min(near, key=lambda p: (abs(p.plan.predicted["latency_ms"] - target), losses[p.plan.choice.digest])))
     return picked
-
-
-def _offset(job: Job, precision: str) -> float:
-    entry = job.run.find("tables")
-    return next((float(loss) for name, loss in entry["data"]["precisions"] if name == precision), 0.0) if entry else 0.0
 
 
 def view_loss(job: Job, choice: Choice, saliency: dict[str, list[float]]) -> float:
@@ -254,12 +273,7 @@ def _view_loss(job: Job, choice: Choice, saliency: dict[str, list[float]]) -> fl
         return 0.0
     rewritten = rewrite(job.graph, plan)
     start = {n: rewritten.slice(n, t.detach()) for n, t in job.graph.program.tensors.items()}
-    values = refit(job.graph, plan, rewritten, start, job.calibration, seed=job.seed)
+    values = refit(job.graph, plan, rewritten, start, job.calibration, rows=2048, samples=max(job.view_samples, 64), seed=job.seed)
     module = view_of(job.graph, rewritten)
-    from shohin.pipeline.job import load_tensors
-
     load_tensors(module, values)
     return job.divergence(module)
-
-
-__all__ = ["Features", "Finalist", "finalists", "saliencies", "tables", "view_loss", "with_graph"]

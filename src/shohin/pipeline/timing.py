@@ -14,6 +14,7 @@ import numpy as np
 
 from shohin.errors import RunError, TargetError
 from shohin.graph import Graph
+from shohin.pipeline.formats import MAIN, worthwhile
 from shohin.pipeline.job import Job, cache_folder
 from shohin.pipeline.ship import lower_for_timing
 from shohin.plan import Plan
@@ -22,8 +23,6 @@ from shohin.planning.features import Features
 from shohin.planning.latency import LatencyModel, random_choices
 from shohin.planning.options import GroupOptions, aligned_counts
 from shohin.program import Program, fold, with_graph
-from shohin.quantization import find_sites, quantizable
-from shohin.quantization.sites import JOINS, POOLS, activated
 from shohin.run import read_json, write_json
 from shohin.surgery import rewrite
 from shohin.targets import Prepared
@@ -64,45 +63,17 @@ def program_of(graph: Graph, plan: Plan) -> Program:
     return with_graph(graph.program, rewritten.graph, tensors)
 
 
-def integer_operations(program: Program, layers: set[str]) -> frozenset[str]:
-    """Addresses of all operations that compute on integers when the layers do: sums and poolings between them, too."""
-    folded = fold(program).program
-    sites = find_sites(folded, layers)
-    found = set(sites.layers)
-    for node in folded.graph.nodes:
-        if node.op == "call_function":
-            name = str(node.target).split(".")[1] if str(node.target).startswith("aten.") else ""
-            if name in JOINS | POOLS and activated(node).name in sites.grids:
-                found.add(folded.origins[node.name].address)
-    return frozenset(found)
-
-
-def precisions(job: Job) -> dict[str, frozenset[str]]:
-    """Named assignments: float32, and where the target has integers int8 everywhere or but for the first or last layer.
-
-    A float layer among integer ones costs two conversions, so only contiguous segments are offered.
-    """
-    program = job.graph.program
-    out = {"float32": frozenset[str]()}
-    layers = quantizable(program)
-    if "quantize" not in job.methods or "int8" not in job.target.formats or not layers:
-        return out
-    out["int8"] = integer_operations(program, set(layers))
-    if len(layers) > 2:
-        out["int8, first layer float"] = integer_operations(program, set(layers[1:]))
-        out["int8, last layer float"] = integer_operations(program, set(layers[:-1]))
-    return out
-
-
 def profile(job: Job, tick: Any) -> LatencyModel:
     """The latency model of the job's graph on its target (journaled; timings are cached by machine and conditions)."""
     graph = job.graph
-    features = Features(graph.costs)
+    features = Features(graph.costs, graph.edges)
     options = group_counts(graph, job.target.vector_width)
-    kinds = precisions(job)
-    chosen = [kinds["float32"], *([kinds["int8"]] if "int8" in kinds else [])]
+    kinds = worthwhile(job)
     regions = [r.name for r in graph.regions] if "skip" in job.methods else []
-    choices = random_choices(options, TIMED, 0, regions=regions, precisions=chosen)  # one set for all seeds: it is cached
+    choices = []
+    for number, precision in enumerate(kinds):  # one set for all seeds: it is cached
+        count = TIMED if precision.name in MAIN else 4
+        choices += random_choices(options, count, number, regions=regions, precisions=(precision.int8,))
     data = job.run.once("profile", "", lambda: _profile(job, features, choices, tick))
     if data["choices"] != [c.digest for c in choices]:
         raise RunError(f"{job.run.folder} was profiled by another version of Shohin, or on another kind of processor: use another folder")

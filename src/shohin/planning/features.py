@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from shohin.errors import PlanError
-from shohin.graph.costs import Operator, Term
+from shohin.graph.costs import Edge, Operator
 from shohin.planning.choice import Choice
 from shohin.planning.options import groups_of
 from shohin.planning.polynomials import Polynomials
@@ -17,20 +16,6 @@ from shohin.planning.polynomials import Polynomials
 Floats = npt.NDArray[np.float64]
 PRECISIONS = ("float32", "int8")
 MACS_SCALE, ELEMENTS_SCALE = 1e5, 1e4
-
-
-@dataclass(frozen=True)
-class Edge:
-    """A tensor that goes from one operation to another; it costs a conversion where the precisions differ.
-
-    Args:
-        source, target: addresses; "" is the outside of the model, which is float32.
-        elements: its size.
-    """
-
-    source: str
-    target: str
-    elements: tuple[Term, ...]
 
 
 class Features:

@@ -8,7 +8,10 @@ refer to the given tables.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -237,15 +240,15 @@ class _Program:
         upper_bounds[self.excess] = np.inf if slack else 0.0
         integrality = np.zeros(self.columns)
         integrality[: self.integers] = 1
-        # Fixed at zero it may as well be an integer: HiGHS prints lines of its own for mixed programs.
         integrality[self.excess] = 0 if slack else 1
-        return scipy.optimize.milp(
-            objective,
-            integrality=integrality,
-            bounds=scipy.optimize.Bounds(np.zeros(self.columns), upper_bounds),
-            constraints=constraints,
-            options={"mip_rel_gap": gap, "time_limit": time_limit_s},
-        )
+        with _quiet():
+            return scipy.optimize.milp(
+                objective,
+                integrality=integrality,
+                bounds=scipy.optimize.Bounds(np.zeros(self.columns), upper_bounds),
+                constraints=constraints,
+                options={"mip_rel_gap": gap, "time_limit": time_limit_s},
+            )
 
     def read(self, x: Floats) -> tuple[dict[str, int], frozenset[str], dict[str, float], float]:
         """(kept, skipped, totals, loss) with integers rounded and pairs recomputed from them, so that totals are exact."""
@@ -273,6 +276,20 @@ class _Program:
     def misses(self, totals: Mapping[str, float]) -> dict[str, tuple[float, float]]:
         """Resource -> (total, bound) of the bounds that do not hold."""
         return {r: (totals[r], b) for r, b in self.problem.budgets.items() if totals[r] > b + TOLERANCE * self.scale[r]}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """HiGHS writes stray lines to the process's standard output, past Python: they go nowhere."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def solve(problem: Problem, *, time_limit_s: float = 10.0, relative_gap: float = 0.0) -> Solution:

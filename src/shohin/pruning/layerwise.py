@@ -38,6 +38,7 @@ def refit(
     weights: bool = True,
     statistics: bool = True,
     rows: int = 4096,
+    samples: int = 256,
     ridge: float = 1e-3,
     seed: int = 0,
 ) -> dict[str, Tensor]:
@@ -46,10 +47,11 @@ def refit(
     Args:
         graph, plan, rewritten: of the cut.
         tensors: values of the cut program, by name.
-        calls: calibration batches; the first 256 samples go through the cut program as one batch.
+        calls: calibration batches.
         weights: refit convolutions and linear layers by least squares.
         statistics: take batch normalization statistics anew.
         rows: sampled outputs for each layer.
+        samples: go through the cut program as one batch: the first ones of ``calls``.
         ridge: towards the sliced weights, as a share of the mean input variance.
 
     Raises:
@@ -58,7 +60,7 @@ def refit(
     if not calls:
         raise DataError("compensation needs calibration batches: give Data(train=loader)")
     program = graph.program
-    joined = joined_inputs(program, calls)
+    joined = joined_inputs(program, calls, samples)
     layers = _layers(program, rewritten.graph)
     wanted = _teacher_rows(graph, plan, layers, joined, rows, seed) if weights else {}
     new = {name: t.detach().clone() for name, t in tensors.items()}
@@ -83,7 +85,7 @@ def refit(
     return new
 
 
-def joined_inputs(program: Program, calls: Sequence[Call], limit: int = 256) -> tuple[Any, ...]:
+def joined_inputs(program: Program, calls: Sequence[Call], limit: int) -> tuple[Any, ...]:
     """Inputs of all calls as one batch of at most ``limit`` samples."""
     columns = list(zip(*[call_inputs(program, c) for c in calls], strict=True))
     return tuple(torch.cat(list(column))[:limit] if isinstance(column[0], Tensor) and column[0].dim() else column[0] for column in columns)

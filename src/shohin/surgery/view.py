@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shohin.graph import Frozen, Graph, understand_program
+from shohin.graph import Frozen, Graph, understand_program, with_costs
 from shohin.plan import Plan
 from shohin.program import ProgramModule, capture
 from shohin.surgery.rewrite import CannotRewrite, Rewritten, rewrite
@@ -39,15 +39,7 @@ def confirm(graph: Graph) -> Graph:
             frozen.append(Frozen(group.name, str(error)))
     if len(groups) == len(graph.groups):
         return graph
-    return replace(graph, groups=tuple(groups), frozen=tuple(frozen), costs=replace_costs(graph, {g.name for g in groups}))
-
-
-def replace_costs(graph: Graph, left: set[str]) -> Any:
-    """Costs in which the widths of groups that are not left are fixed."""
-    from shohin.graph.graph import _with_costs
-
-    fewer = replace(graph, groups=tuple(g for g in graph.groups if g.name in left))
-    return _with_costs(fewer, {n: v for n, v in graph.labels.items() if not isinstance(v, tuple)}).costs
+    return with_costs(replace(graph, groups=tuple(groups), frozen=tuple(frozen)))
 
 
 def view(graph: Graph, plan: Plan) -> ProgramModule:
