@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from shohin.pipeline.job import Job
-from shohin.pipeline.plan import Finalist
+from shohin.pipeline.plan import Finalist, tables
 from shohin.planning.choice import Choice
 from shohin.planning.latency import LatencyModel
 
 
-def explain_candidates(job: Job, model: LatencyModel, chosen: list[Finalist]) -> dict[str, Any]:
+def explain_candidates(job: Job, model: LatencyModel, chosen: list[Finalist], saliency: dict[str, list[float]]) -> dict[str, Any]:
     """``steps`` and ``layers`` by candidate, and ``prediction`` errors against what shipped."""
     by_name = {f.name: f for f in chosen}
     base = job.candidates["baseline"].metrics.values()
@@ -21,6 +21,9 @@ def explain_candidates(job: Job, model: LatencyModel, chosen: list[Finalist]) ->
     steps: dict[str, Any] = {}
     layers: dict[str, Any] = {}
     errors: dict[str, float] = {}
+    options, regions = tables(job, saliency, lambda: None)  # journaled: read, not measured again
+    widths = {g.name: dict(zip(g.counts, g.loss.tolist(), strict=True)) for g in options}
+    skips = {r.name: r.loss for r in regions}
     for name, candidate in job.candidates.items():
         finalist = by_name.get(name)
         if finalist is None:
@@ -32,6 +35,7 @@ def explain_candidates(job: Job, model: LatencyModel, chosen: list[Finalist]) ->
             steps[name].append({"step": "quantize", "quality": values["quality"]})
         steps[name][-1]["latency_ms"] = values["latency_ms"]
         layers[name] = _layers(job, model, finalist, before, whole)
+        _attribute(job, layers[name], finalist.choice, widths, skips)
         # predicted in the profile's interleaving: compared as ratios to the baseline, which both interleavings hold
         profile = (job.run.find("profile") or {"data": {"ms": [base["latency_ms"]]}})["data"]["ms"][0]
         predicted = finalist.predicted_ms / profile * base["latency_ms"]
@@ -65,12 +69,39 @@ def _layers(job: Job, model: LatencyModel, finalist: Finalist, before: dict[str,
     return rows
 
 
+def _attribute(job: Job, rows: list[dict[str, Any]], choice: Choice, widths: dict[str, dict[int, float]], skips: dict[str, float]) -> None:
+    """Adds to each layer the loss that planning expected of the choice made there.
+
+    A width's loss stands at the layer that produces the axis, a skipped region's at its first layer.
+    """
+    graph = job.graph
+    operators = {op.address: op for op in graph.costs}
+    of_weight = {_weight(job, row["address"]): row for row in rows}
+    dead = {n for r in choice.skipped for n in graph.region(r).nodes}
+    gone = {o.address for n, o in graph.program.origins.items() if n in dead}
+    for group in graph.groups:
+        loss = widths[group.name].get(choice.kept[group.name], 0.0)
+        row = of_weight.get(group.name.partition("#")[0])
+        if row is not None and loss and row["address"] not in gone:
+            row["loss"] = row.get("loss", 0.0) + loss
+    for region in choice.skipped:
+        first = next((row for row in rows if region in operators[row["address"]].regions), None)
+        if first is not None:
+            first["loss"] = first.get("loss", 0.0) + skips.get(region, 0.0)
+
+
+def _weight(job: Job, address: str) -> str:
+    """The weight that a layer contracts with."""
+    program = job.graph.program
+    node = next(n for n in program.graph.nodes if n.name in program.origins and program.origins[n.name].address == address)
+    weight: Any = node.args[1]
+    return program.names[weight.name]
+
+
 def _width(job: Job, address: str, choice: Choice) -> int:
     """Output channels of a layer under a choice."""
     graph = job.graph
-    node = next(n for n, o in graph.program.origins.items() if o.address == address)
-    weight = next(n for n in graph.program.graph.nodes if n.name == node).args[1]
-    name = graph.program.names[weight.name]
+    name = _weight(job, address)
     size = int(graph.program.tensors[name].shape[0])
     for group in graph.groups:
         index = group.slices.get(name, {}).get(0)

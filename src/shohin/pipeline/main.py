@@ -20,6 +20,7 @@ from shohin.candidate import Candidate
 from shohin.data import Data
 from shohin.errors import BudgetError, DataError, ShohinError
 from shohin.pipeline.choose import choose
+from shohin.pipeline.explain import explain_candidates
 from shohin.pipeline.job import Job
 from shohin.pipeline.plan import Finalist, finalists, saliencies
 from shohin.pipeline.reading import load_candidates
@@ -136,7 +137,7 @@ def _stages(job: Job, show: _Progress, count: int) -> Result:
     names = sorted(job.candidates, key=lambda n: (n != "baseline", n))  # one order for every resume: the journal's key
     job.candidates = {n: job.candidates[n] for n in names}
     with_latency(job, names)
-    return _result(job, model, chosen)
+    return _result(job, model, chosen, saliency)
 
 
 def _share(job: Job, left: int) -> float:
@@ -146,9 +147,7 @@ def _share(job: Job, left: int) -> float:
     return max(0.0, (job.left() - 15.0) / max(left, 1) - 6.0)
 
 
-def _result(job: Job, model: LatencyModel, chosen: list[Finalist]) -> Result:
-    from shohin.pipeline.explain import explain_candidates
-
+def _result(job: Job, model: LatencyModel, chosen: list[Finalist], saliency: dict[str, list[float]]) -> Result:
     picked = choose(job.candidates, job.budget, job.data.lower_is_better)
     missing = {e["key"]: e["data"] for e in job.run.entries if e["stage"] in ("late", "failed") and e["key"] not in job.candidates}
     picked["reasons"] += [f"{name}: {why}" for name, why in missing.items()]
@@ -156,7 +155,7 @@ def _result(job: Job, model: LatencyModel, chosen: list[Finalist]) -> Result:
         picked["reasons"] += [f"{c.name}: {text}" for text in c.notes.get("parity", {}).get("departs", [])]
     plan_entry = job.run.find("plan")
     picked["reasons"] += list(plan_entry["data"].get("unmet", [])) if plan_entry else []
-    picked.update(explain_candidates(job, model, chosen))
+    picked.update(explain_candidates(job, model, chosen, saliency))
     _test(job, dict.fromkeys(("baseline", picked["best"])))
     for candidate in job.candidates.values():
         save(job, candidate)

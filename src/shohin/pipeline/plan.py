@@ -156,11 +156,11 @@ def _finalists(
         name = f"c{i + 1}-{'float' if p.precision == 'float32' else 'int8'}"
         out.append(_finalist(job, search, name, p.plan.choice, p.plan.loss, p.precision, saliency))
     plain = next((k for k in kinds if k.name == "int8"), None)
-    if plain is not None:  # integers alone are always worth a look: they need no training
+    if plain is not None:  # integers alone are always worth a look, and first: they need no training
         choice = Choice(job.graph.sizes, frozenset(), plain.int8)
         if choice not in [p.plan.choice for p in search.picked]:
             _time(job, search, [choice], tick)
-            out.append(_finalist(job, search, "c0-int8-only", choice, plain.loss, plain.name, saliency))
+            out.insert(0, _finalist(job, search, "c0-int8-only", choice, plain.loss, plain.name, saliency))
     return {
         "finalists": [f.to_json() for f in out],
         "note": "relinearized",
