@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shohin.pipeline.job import Job
+from shohin.pipeline.job import Job, first
 from shohin.planning.front import Precision
 from shohin.program import Program, family, fold
 from shohin.quantization import find_sites, quantizable, quantize_program
@@ -48,9 +48,15 @@ def worthwhile(job: Job) -> list[Precision]:
     A float segment costs time: it is planned with only where int8 everywhere loses noticeably, and it saves a third of that.
     """
     kinds = precisions(job)
-    losses: dict[str, float] = job.run.once("precisions", "", lambda: {name: _loss(job, set(int8)) for name, int8 in kinds.items()})
-    limit = 2 / 3 * losses["int8"] if losses.get("int8", 0.0) > NEGLIGIBLE else -1.0
-    return [Precision(name, kinds[name], loss) for name, loss in losses.items() if name in MAIN or loss < limit]
+    losses: dict[str, float] = job.run.once("precisions", "", lambda: _losses(job, kinds))
+    return [Precision(name, kinds[name], loss) for name, loss in losses.items() if name in MAIN or loss < 2 / 3 * losses["int8"]]
+
+
+def _losses(job: Job, kinds: dict[str, frozenset[str]]) -> dict[str, float]:
+    found = {name: _loss(job, set(kinds[name])) for name in MAIN if name in kinds}
+    if found.get("int8", 0.0) > NEGLIGIBLE:
+        found |= {name: _loss(job, set(int8)) for name, int8 in kinds.items() if name not in found}
+    return found
 
 
 def _loss(job: Job, int8: set[str]) -> float:
@@ -59,4 +65,6 @@ def _loss(job: Job, int8: set[str]) -> float:
     layers = int8 & set(quantizable(program))
     if not layers:
         return 0.0
-    return job.divergence(quantize_program(program, layers, job.calibration, least_scale=job.target.least_scale()).view())
+    return job.divergence(
+        quantize_program(program, layers, first(job.calibration, job.view_samples), least_scale=job.target.least_scale()).view()
+    )

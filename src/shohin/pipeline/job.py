@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from shohin.budget import Budget
 from shohin.candidate import Candidate
 from shohin.data import Call, Data, first_output
-from shohin.errors import DataError, ShohinError
+from shohin.errors import DataError
 from shohin.graph import Graph
 from shohin.run import Run
 from shohin.targets import Target
@@ -109,12 +109,7 @@ class Job:
     @cached_property
     def view_calls(self) -> list[Call]:
         """The first held-out batches, of `view_samples` samples or a little more."""
-        out: list[Call] = []
-        for call in self.held_out:
-            if sum(c.size for c in out) >= self.view_samples:
-                break
-            out.append(call)
-        return out
+        return first(self.held_out, self.view_samples)
 
     @cached_property
     def example(self) -> tuple[Any, ...]:
@@ -153,6 +148,16 @@ class Job:
         return path
 
 
+def first(calls: list[Call], samples: int) -> list[Call]:
+    """The first whole batches that hold at least ``samples`` samples."""
+    out: list[Call] = []
+    for call in calls:
+        if sum(c.size for c in out) >= samples:
+            break
+        out.append(call)
+    return out
+
+
 def distance(reference: list[Tensor], answers: list[Tensor]) -> float:
     """See `Job.divergence`."""
     a, b = torch.cat(reference).double(), torch.cat(answers).double()
@@ -166,9 +171,14 @@ def distance(reference: list[Tensor], answers: list[Tensor]) -> float:
     return max(value, 0.0)
 
 
+def _named(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by every name that they have."""
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+
+
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copies values into a module's parameters and buffers by name, in place. Names that it lacks are left out."""
-    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    own = _named(model)
     with torch.no_grad():
         for name, value in tensors.items():
             if name in own:
@@ -177,15 +187,10 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 def own_tensors(model: nn.Module, names: Mapping[str, Any]) -> dict[str, Tensor]:
     """A module's parameters and buffers, of the given names."""
-    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    own = _named(model)
     return {name: own[name].detach() for name in names if name in own}
 
 
 def cache_folder() -> Path:
     """Where measurements are kept between runs: ``$SHOHIN_CACHE``, or ``~/.cache/shohin``."""
     return Path(os.environ.get("SHOHIN_CACHE") or Path.home() / ".cache" / "shohin")
-
-
-def explain(error: ShohinError, doing: str) -> ShohinError:
-    """The same kind of error, which says what was being done."""
-    return type(error)(f"{doing}: {error}")
