@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 import models
 from shohin.graph import Graph
+from shohin.pipeline.formats import integer_operations
 from shohin.pipeline.ship import lower_for_timing
-from shohin.pipeline.timing import group_counts, integer_operations, plan_of, program_of, skipped_nodes
+from shohin.pipeline.timing import group_counts, plan_of, program_of, skipped_nodes
 from shohin.planning.choice import Choice
 from shohin.planning.latency import random_choices
 from shohin.program import fold
