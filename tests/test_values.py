@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -194,10 +200,10 @@ def test_a_batch_of_another_form_is_refused(batch: Any) -> None:
 def test_empty_and_used_up_loaders() -> None:
     with pytest.raises(DataError, match="train loader is empty"):
         Data([]).example()
-    once = Data(iter([(X, Y)]))
-    assert len(list(once.calls("train"))) == 1
-    with pytest.raises(DataError, match="used up after one pass"):
-        list(once.calls("train"))
+    for split in ("train", "validation", "test"):
+        for once in (iter([(X, Y)]), ((X, Y) for _ in range(2)), map(tuple, [(X, Y)])):
+            with pytest.raises(DataError, match=f"the {split} batches are a .*used up after one pass; give a list or a DataLoader"):
+                Data(**{"train": [X], split: once})  # type: ignore[arg-type]
     with pytest.raises(DataError, match="needs batches or an example"):
         Data()
     with pytest.raises(DataError, match="no test batches"):
@@ -238,6 +244,43 @@ def test_quality_is_accuracy_or_the_metric() -> None:
     assert Data([(X, Y)], test=[(X, Y)], metric=lambda run: 0.25).quality(logits, "test") == 1.0
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_labels_of_any_integer_type_and_both_places_of_the_classes(dtype: torch.dtype) -> None:
+    loss = torch.nn.functional.cross_entropy
+    g = torch.Generator().manual_seed(0)
+    for shape in ((), (5,), (2, 4)):
+        out, y = torch.randn(6, *shape, 3, generator=g), torch.randint(3, (6, *shape), generator=g)
+        want = loss(out.reshape(-1, 3), y.reshape(-1))
+        for form in (out, out.movedim(-1, 1)):  # (B, ..., C) and (B, C, ...)
+            torch.testing.assert_close(Data([X]).batch_loss(form, Data([X]).call((X, y.to(dtype)))), want)
+    hidden = torch.tensor([0, -100, 2, 0, -100, 2])
+    kept = hidden >= 0
+    torch.testing.assert_close(Data([X]).batch_loss(X, Data([X]).call((X, hidden))), loss(X[kept], hidden[kept]))
+
+
+@pytest.mark.parametrize(
+    ("out", "labels", "said"),
+    [
+        (X, Y + 1, r"labels from 1 to 3 do not fit 3 classes \(outputs of shape \(6, 3\), labels of shape \(6,\)\): labels are 0 to 2"),
+        (X, Y - 1, r"labels from -1 to 1 do not fit 3 classes"),
+        (X, Y[:4], r"outputs of shape \(6, 3\) do not fit labels of shape \(4,\)"),
+        (X, torch.eye(3, dtype=torch.int64)[Y], r"outputs of shape \(6, 3\) do not fit labels of shape \(6, 3\)"),
+        (X.reshape(-1), Y, r"outputs of shape \(18,\) do not fit labels of shape \(6,\)"),
+        (X.reshape(2, 3, 3), torch.zeros(2, 2, dtype=torch.int32), r"outputs of shape \(2, 3, 3\) do not fit labels of shape \(2, 2\)"),
+    ],
+)
+def test_labels_that_do_not_fit_are_named(out: Tensor, labels: Tensor, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        Data([X]).batch_loss(out, Data([X]).call((X, labels)))
+
+
+def test_the_size_of_a_call_is_that_of_the_first_tensor_that_has_one() -> None:
+    scale = torch.tensor(2.0)
+    assert Data([((scale, X), Y)]).example().size == 6 and Data([{"scale": scale, "x": X}]).example().size == 6
+    with pytest.raises(DataError, match="with a batch dimension"):
+        Data([scale]).example().size  # noqa: B018
+
+
 def test_losses() -> None:
     call = next(Data([(X, Y)]).calls("train"))
     torch.testing.assert_close(Data([(X, Y)]).batch_loss(logits(X), call), torch.nn.functional.cross_entropy(logits(X), Y))
@@ -256,9 +299,9 @@ CONFIG = {"version": 1, "fingerprint": "f" * 8, "weights": "w", "seed": 0}
 
 
 def test_journal_survives_a_cut_at_every_byte(tmp_path: Path) -> None:
-    run = Run(tmp_path / "r", CONFIG)
-    for i in range(3):
-        run.append("stage", str(i), {"value": i})
+    with Run(tmp_path / "r", CONFIG) as run:
+        for i in range(3):
+            run.append("stage", str(i), {"value": i})
     whole = (tmp_path / "r" / "journal.jsonl").read_bytes()
     ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
     for cut in range(len(whole) + 1):
@@ -267,8 +310,8 @@ def test_journal_survives_a_cut_at_every_byte(tmp_path: Path) -> None:
         assert len(Run(tmp_path / "r").entries) == finished  # a reader
         if cut % 7 and cut not in ends:
             continue
-        again = Run(tmp_path / "r", CONFIG)  # and the job that goes on
-        assert again.once("stage", "2", lambda: {"value": 2}) == {"value": 2}
+        with Run(tmp_path / "r", CONFIG) as again:  # and the job that goes on
+            assert again.once("stage", "2", lambda: {"value": 2}) == {"value": 2}
         assert [e["key"] for e in Run(tmp_path / "r").entries] == [str(i) for i in range(min(finished, 2))] + ["2"]
 
 
@@ -318,7 +361,108 @@ def test_folders_that_are_not_runs(tmp_path: Path) -> None:
 def test_a_job_killed_before_its_first_file_can_begin_again(tmp_path: Path) -> None:
     (tmp_path / "r" / "work").mkdir(parents=True)
     (tmp_path / "r" / ".config.json.123.tmp").write_text('{"versi')
+    (tmp_path / "r" / ".lock").touch()
     assert Run(tmp_path / "r", CONFIG).config == CONFIG
+
+
+needs_locks = pytest.mark.skipif(sys.platform == "win32", reason="no advisory locks here")
+
+
+@needs_locks
+def test_one_job_at_a_time(tmp_path: Path) -> None:
+    folder = tmp_path / "r"
+    run = Run(folder, CONFIG)
+    run.append("a", "", 1)
+    half = folder / ".half.1.tmp"
+    half.touch()
+    for _ in range(2):
+        with pytest.raises(RunError, match=f"another job is at work in {folder}"):
+            Run(folder, CONFIG)
+    assert half.exists() and len(Run(folder).entries) == 1  # nothing was touched, and reading is free
+    run.close()
+    run.close()
+    again = Run(folder, CONFIG)
+    assert not half.exists() and run.find("a") == again.find("a")
+    del again
+    with pytest.raises(KeyError), Run(folder, CONFIG):  # the last object's end was enough
+        raise KeyError
+    with pytest.raises(RunError, match="another seed") as kept:
+        Run(folder, {**CONFIG, "seed": 1})
+    (folder / "journal.jsonl").write_text("{\n")
+    with pytest.raises(RunError, match="damaged") as damaged:
+        Run(folder, CONFIG)
+    (folder / "journal.jsonl").unlink()
+    with Run(folder, CONFIG) as last:  # errors that are still at hand hold nothing
+        assert not last.entries and kept.tb is not None and damaged.tb is not None
+
+
+def test_a_folder_that_is_not_a_run_gets_no_lock(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["Bert"]}')
+    with pytest.raises(RunError, match="holds a run with another"):
+        Run(tmp_path, CONFIG)
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+JOB = """
+import json, os, sys, time
+from shohin.run import Run
+run = Run(sys.argv[1], json.loads(sys.argv[2]))
+child = os.fork()
+if child:
+    print(child, flush=True)
+time.sleep(60)
+"""
+
+
+@needs_locks
+def test_the_lock_of_a_killed_job_goes_with_it_though_its_workers_live_on(tmp_path: Path) -> None:
+    job = subprocess.Popen([sys.executable, "-c", JOB, str(tmp_path / "r"), json.dumps(CONFIG)], stdout=subprocess.PIPE)
+    assert job.stdout is not None
+    child = int(job.stdout.readline())
+    try:
+        with pytest.raises(RunError, match="another job is at work"):
+            Run(tmp_path / "r", CONFIG)
+        job.kill()
+        job.wait()
+        os.kill(child, 0)  # it lives
+        for _ in range(100):  # until the child has begun
+            try:
+                Run(tmp_path / "r", CONFIG).close()
+                break
+            except RunError:
+                time.sleep(0.02)
+        else:
+            pytest.fail("the child holds the lock")
+    finally:
+        job.kill()
+        os.kill(child, signal.SIGKILL)
+        job.stdout.close()
+
+
+def test_files_are_durable_before_they_are_named_and_their_names_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(number: int) -> None:
+        done.append("folder" if stat.S_ISDIR(os.fstat(number).st_mode) else "file")
+        fsync(number)
+
+    def replaced(source: Any, target: Any) -> None:
+        done.append("name")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    folder = ["folder"] * (sys.platform != "win32")
+    write_atomic(tmp_path / "a", b"x")
+    assert done == ["file", "name", *folder]
+    write_tensors(tmp_path / "t", {"a": X})
+    assert done[len(folder) + 2 :] == ["file", "name", *folder] and torch.equal(read_tensors(tmp_path / "t")["a"], X)
+    run = Run(tmp_path / "r", CONFIG)
+    done.clear()
+    run.append("a", "", 1)
+    run.append("b", "", 1)
+    assert done == ["file", *folder, "file"]
 
 
 def test_files_are_replaced_in_one_step(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import models
 import shohin
@@ -155,8 +157,13 @@ def test_prune_is_the_same_twice(task: Task) -> None:
 
 def test_prune_by_magnitude_needs_no_data_and_keeping_all_changes_nothing(task: Task) -> None:
     x = images(4, 9)[0]
-    alone = shohin.prune(task.model, Data(example=(x,)), keep=0.5, criterion="magnitude", recover=None)
-    assert alone.plan == shohin.prune(task.model, task.data, keep=0.5, criterion="magnitude", recover=None).plan
+    alone = shohin.prune(task.model, Data(example=(x,)), keep=0.5, criterion="magnitude")
+    bare = shohin.prune(task.model, task.data, keep=0.5, criterion="magnitude", recover=None)
+    assert alone.plan == bare.plan and alone.model is not None and bare.model is not None
+    torch.testing.assert_close(alone.model(x), bare.model(x))  # without batches "auto" recovers nothing, and with them it does
+    made = [shohin.prune(task.model, task.data, keep=0.5, criterion="magnitude", **how).model for how in ({}, {"recover": "compensate"})]
+    assert made[0] is not None and made[1] is not None and torch.equal(made[0](x), made[1](x))
+    assert not torch.allclose(made[0](x), bare.model(x))
     whole = shohin.prune(task.model, task.data, keep=1.0)
     assert whole.plan.is_identity and whole.model is not None and not whole.removed
     torch.testing.assert_close(whole.model(x), task.model(x))
@@ -179,10 +186,64 @@ def test_prune_says_what_cannot_be(task: Task, options: dict[str, Any], said: st
         shohin.prune(task.model, task.data, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"criterion": "magnitude"}])
-def test_prune_asks_for_the_batches_that_it_needs(task: Task, options: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match=r"Data\(train="):
-        shohin.prune(task.model, Data(example=(images(4, 9)[0],)), **options)
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, r"Data\(train=loader\), or criterion='magnitude'"),
+        ({"recover": None}, r"Data\(train=loader\), or criterion='magnitude'"),
+        ({"criterion": "magnitude", "recover": "compensate"}, r"'compensate' needs batches: give Data\(train=loader\), or recover=None"),
+        ({"criterion": "magnitude", "recover": "distill"}, r"'distill' needs batches: give Data\(train=loader\), or recover=None"),
+    ],
+)
+def test_prune_asks_for_the_batches_that_it_needs_before_it_works(options: dict[str, Any], said: str) -> None:
+    class Never(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise AssertionError("the model was run")
+
+    with pytest.raises(DataError, match=said):
+        shohin.prune(Never(), Data(example=(images(4, 9)[0],)), **options)
+
+
+def test_the_seed_decides_everything_and_the_random_state_is_given_back(task: Task, tmp_path: Path) -> None:
+    """A loader that shuffles, with a generator of its own or torch's, gives each verb the same batches every time."""
+
+    def state(made: shohin.Candidate) -> dict[str, Tensor]:
+        assert made.model is not None
+        return {n: t.clone() for n, t in made.model.state_dict().items()}
+
+    def losses(made: shohin.Candidate) -> dict[str, Any]:
+        return {str(row["epoch"]): row["loss"] for row in made.notes["training"]["history"]}
+
+    examples = TensorDataset(*images(300, 4))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        student = Small(8)
+    verbs: dict[str, Callable[[Data, int], Any]] = {
+        "prune": lambda data, seed: state(shohin.prune(task.model, data, keep=0.4, seed=seed)),
+        "quantize": lambda data, seed: {n: q.to_json() for n, q in shohin.quantize(task.model, data, seed=seed).evidence.items()},
+        "distill": lambda data, seed: losses(shohin.distill(student, task.model, data, epochs=1, seed=seed)),
+        "export": lambda data, seed: shohin.export(task.model, data, path=tmp_path / "m.onnx") and {},
+        "profile": lambda data, seed: shohin.profile(task.model, data, seed=seed) and {},
+        "understand": lambda data, seed: shohin.understand(task.model, data) and {},
+    }
+    for own in (torch.Generator().manual_seed(3), None):
+        data = Data(DataLoader(examples, 100, shuffle=True, generator=own))
+        for name, verb in verbs.items():
+            found = []
+            for seed in (0, 0, 1) if name in ("prune", "quantize", "distill") else (0,):
+                before = torch.get_rng_state(), None if own is None else own.get_state(), random.getstate()
+                found.append(verb(data, seed))
+                after = torch.get_rng_state(), None if own is None else own.get_state(), random.getstate()
+                assert torch.equal(before[0], after[0]), name
+                assert own is None or torch.equal(before[1], after[1]), name  # type: ignore[arg-type]
+                assert before[2] == after[2], name
+                torch.rand(1, generator=own)
+                torch.rand(1)
+            assert len(found) == 1 or (same(found[0], found[1]) and not same(found[0], found[2])), name
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(a, other[n]) if isinstance(a, Tensor) else a == other[n] for n, a in one.items())
 
 
 # quantize and export
@@ -300,6 +361,12 @@ def test_profile_adds_up(task: Task) -> None:
     assert sum(r["macs"] for r in found.rows) == pytest.approx(found.graph.macs())
     assert {"threads", "batch"} <= found.environment.keys() and 0 <= found.repeatability < 1
     assert "total" in str(found) and all(r["address"] in str(found) for r in found.rows)
+
+
+def test_profile_needs_only_an_example(task: Task) -> None:
+    x = next(iter(task.data.train))[0]  # type: ignore[arg-type]
+    found = shohin.profile(task.model, Data(example=(x,)))
+    assert found.total_ms > 0 and {r["address"] for r in found.rows} == {r["address"] for r in shohin.profile(task.model, task.data).rows}
 
 
 def test_understand_cut_and_view_on_attention() -> None:

@@ -16,6 +16,10 @@ from shohin.errors import DataError, ShohinError
 
 Runner = Callable[..., Any]
 
+_ONE_PASS = "an iterator is used up after one pass; give a list or a DataLoader"
+#: the label that torch's own losses leave out
+_IGNORED = -100
+
 
 @dataclass(frozen=True)
 class Call:
@@ -28,8 +32,8 @@ class Call:
 
     @property
     def size(self) -> int:
-        """Number of samples: the first dimension of the first tensor."""
-        return int(_first_tensor((self.args, self.kwargs)).shape[0])
+        """Number of samples: the first dimension of the first tensor that has one."""
+        return int(_first_tensor((self.args, self.kwargs), least_dims=1).shape[0])
 
 
 class Data:
@@ -37,20 +41,21 @@ class Data:
 
     Args:
         train: iterable of batches for calibration, saliency and training; iterated anew each epoch. A batch is a tensor
-            ``x``, a pair ``(x, y)``, or a dict of keyword arguments (``labels`` is the target and is passed on only if
-            the model's forward accepts it).
+            ``x``, a pair ``(x, y)``, or a dict of keyword arguments (``labels`` is the target and is not passed to the
+            model). An iterator is refused: it is used up after one pass.
         validation: like ``train``; optimized against. Defaults to ``train`` (a warning is journaled).
         test: like ``train``; used once, for the report, never to choose.
         metric: ``metric(run) -> float`` where ``run`` has the model's signature; called for each candidate.
             Default: top-1 accuracy over ``validation``, which needs integer targets.
-        loss: ``loss(outputs, batch) -> scalar Tensor``. Default: cross-entropy of the first output with integer targets, or
-            ``outputs.loss``.
+        loss: ``loss(outputs, batch) -> scalar Tensor``. Default: ``outputs.loss`` where the model computes one without
+            labels, else cross-entropy of the first output with integer targets: classes in the last dimension,
+            ``(..., C)`` with ``(...)``, or in the second, ``(B, C, ...)`` with ``(B, ...)``; targets of -100 do not count.
         example: the model's positional arguments, a tuple. Default: those of the first batch of train or validation.
         lower_is_better: the direction of the metric.
         device: where tensors are moved to.
 
     Raises:
-        DataError: if nothing is given at all.
+        DataError: if nothing is given at all, or batches come from an iterator.
     """
 
     def __init__(
@@ -67,6 +72,9 @@ class Data:
     ) -> None:
         if train is None and validation is None and example is None:
             raise DataError("Data needs batches or an example: Data(train=loader, validation=loader2) or Data(example=(x,))")
+        for split, batches in (("train", train), ("validation", validation), ("test", test)):
+            if isinstance(batches, Iterator):
+                raise DataError(f"the {split} batches are a {type(batches).__name__}: {_ONE_PASS}")
         self.train, self.validation, self.test = train, validation, test
         self.metric, self.loss = metric, loss
         self.lower_is_better, self.device = lower_is_better, torch.device(device)
@@ -108,9 +116,7 @@ class Data:
             if limit is not None and seen >= limit:
                 return
         if not seen:
-            raise DataError(
-                f"the {split} loader is empty: iterating it gave no batch (an iterator is used up after one pass; give a list or a DataLoader)"
-            )
+            raise DataError(f"the {split} loader is empty: iterating it gave no batch ({_ONE_PASS})")
 
     def call(self, batch: Any) -> Call:
         """One batch as a call. Raises DataError for a form that is not known."""
@@ -138,7 +144,11 @@ class Data:
         return value
 
     def batch_loss(self, outputs: Any, call: Call) -> Tensor:
-        """The user's loss, or the default. Raises DataError if there is neither, it raises, or it is not a scalar tensor."""
+        """The user's loss, or the default.
+
+        Raises:
+            DataError: if there is neither, it raises, it is not a scalar tensor, or the targets do not fit the outputs.
+        """
         value: Any
         if self.loss is not None:
             try:
@@ -147,8 +157,8 @@ class Data:
                 raise DataError(f"the loss raised {_said(error)}; it is called as loss(outputs, batch)") from error
         elif getattr(outputs, "loss", None) is not None:
             value = outputs.loss
-        elif call.target is not None and not call.target.is_floating_point():
-            value = F.cross_entropy(first_output(outputs), call.target)
+        elif isinstance(call.target, Tensor) and not call.target.is_floating_point():
+            value = _cross_entropy(first_output(outputs), call.target)
         else:
             raise DataError("no loss: the batches have no integer targets; give Data(loss=(outputs, batch) -> Tensor)")
         if not isinstance(value, Tensor) or value.numel() != 1:
@@ -211,11 +221,40 @@ class Data:
         return right / total
 
 
+def _cross_entropy(out: Tensor, target: Tensor) -> Tensor:
+    """Mean cross-entropy of scores with integer classes. Raises DataError if the two do not fit."""
+    target = target.long()
+    if out.dim() and target.shape == out.shape[:-1]:  # classes last, as the default metric has them
+        out, target = out.reshape(-1, out.shape[-1]), target.reshape(-1)
+    elif out.dim() < 2 or target.shape != (out.shape[0], *out.shape[2:]):
+        raise DataError(
+            f"the default loss is cross-entropy: outputs of shape {tuple(out.shape)} do not fit labels of shape {tuple(target.shape)}; "
+            "give Data(loss=(outputs, batch) -> Tensor)"
+        )
+    counted = target[target != _IGNORED]
+    if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < out.shape[1]:
+        raise DataError(
+            f"labels from {int(counted.min())} to {int(counted.max())} do not fit {out.shape[1]} classes (outputs of shape "
+            f"{tuple(out.shape)}, labels of shape {tuple(target.shape)}): labels are 0 to {out.shape[1] - 1}"
+        )
+    return F.cross_entropy(out, target, ignore_index=_IGNORED)
+
+
 def _said(error: Exception) -> str:
     """An exception of the user's code with the line that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{where}"
+
+
+def class_scores(outputs: Any, call: Call) -> bool:
+    """True if the first output holds class scores along its last axis: it fits integer targets, or is (batch, classes) without targets."""
+    scores, target = first_output(outputs), call.target
+    if scores.dim() < 2 or scores.shape[-1] < 2 or not scores.is_floating_point():
+        return False
+    if isinstance(target, Tensor):
+        return not target.is_floating_point() and target.shape == scores.shape[:-1]
+    return target is None and scores.dim() == 2
 
 
 def first_output(outputs: Any) -> Tensor:
@@ -228,14 +267,14 @@ def first_output(outputs: Any) -> Tensor:
     return _first_tensor(outputs)
 
 
-def _first_tensor(value: Any) -> Tensor:
+def _first_tensor(value: Any, least_dims: int = 0) -> Tensor:
     stack = [value]
     while stack:
         item = stack.pop(0)
-        if isinstance(item, Tensor):
+        if isinstance(item, Tensor) and item.dim() >= least_dims:
             return item
         if isinstance(item, Mapping):
             stack = [*item.values(), *stack]
         elif isinstance(item, (tuple, list)):
             stack = [*item, *stack]
-    raise DataError(f"expected a tensor, found none in {type(value).__name__}")
+    raise DataError(f"expected a tensor{' with a batch dimension' if least_dims else ''}, found none in {type(value).__name__}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from shohin.program import capture, unfold_state
 from shohin.result import Result
 from shohin.surgery import understand as _understand
 from shohin.targets import Target, get_target
+from shohin.training.randomness import generators_of, isolated, mix, seed_everything
 
 #: graphs of models that `understand` has seen, so that `cut(model, plan)` needs no example again
 _GRAPHS: weakref.WeakKeyDictionary[nn.Module, Graph] = weakref.WeakKeyDictionary()
@@ -39,12 +41,22 @@ def understand(model: nn.Module, example: Any) -> Graph:
         ModelError: if the model does not run on the example or cannot be captured.
     """
     if isinstance(example, Data):
-        example = example.example()
+        with _seeded(example, 0):
+            example = example.example()
     elif isinstance(example, Tensor):
         example = (example,)
     graph = _understand(model, example)
     _GRAPHS[model] = graph
     return graph
+
+
+@contextmanager
+def _seeded(data: Data, seed: int) -> Iterator[None]:
+    """Inside, everything random, the loaders' order too, comes from the seed; afterwards it is as before."""
+    generators = generators_of(data.train, data.validation)
+    with isolated(generators):
+        seed_everything(mix(seed), generators)
+        yield
 
 
 def _checked(data: Any) -> Data:
@@ -92,7 +104,7 @@ def prune(
     of: str = "macs",
     criterion: str = "taylor",
     granularity: str = "channel",
-    recover: str | None = "compensate",
+    recover: str | None = "auto",
     *,
     epochs: int = 5,
     align: int = 8,
@@ -106,9 +118,11 @@ def prune(
         criterion: "taylor" (expected loss of removal, needs batches) or "magnitude" (squared weights of the producing
             slices; Data(example=(x,)) is enough).
         granularity: "channel" (any unit group: channels, heads, neurons).
-        recover: None; "compensate" (layer-wise least squares and new normalization statistics, unlabelled batches); or
-            "distill" (that, then ``epochs`` of distillation from the original).
+        recover: None; "compensate" (layer-wise least squares and new normalization statistics, unlabelled batches);
+            "distill" (that, then ``epochs`` of distillation from the original); or "auto": "compensate" if ``data`` has
+            batches, else None.
         align: kept channels are multiples of this.
+        seed: of everything random, the order of the loaders too.
 
     Returns:
         A candidate with ``.plan``, ``.model`` and ``.removed``.
@@ -133,40 +147,50 @@ def prune(
     _one_of("of", of, ("macs", "params"))
     _one_of("criterion", criterion, ("taylor", "magnitude"))
     _one_of("granularity", granularity, ("channel",))
-    _one_of("recover", recover, (None, "compensate", "distill"))
+    _one_of("recover", recover, (None, "auto", "compensate", "distill"))
     if not 0 < keep <= 1:
         raise PlanError(f"keep must be a share in (0, 1]; got {keep}")
-    graph = understand(model, _checked(data))
-    calls = _calibration(data, seed) if data.has_batches else []
-    if criterion == "taylor":
-        saliency = {n: s.tolist() for n, s in group_saliency(graph, data, calls, seed=seed).items()}
-    else:
-        saliency = _magnitudes(graph)
-    options = [GroupOptions(g.name, g.size, g.counts, loss_table(saliency[g.name], g.counts)) for g in group_counts(graph, align).values()]
-    features = Features(graph.costs)
-    full = Choice(graph.sizes)
-    costs = Costs(LatencyModel(features, np.zeros(len(features.names)), (full,), np.ones(1), 0.0))  # no time is asked for here
-    whole = costs.of(full, [of])[of]
-    planned = plan_for_budget(costs, options, [], {of: keep * whole})
-    if not planned.feasible:
-        raise PlanError(
-            f"keep={keep} of {of} cannot be reached: {planned.binding}; frozen: {', '.join(f.address for f in graph.frozen[:4])}"
-        )
-    plan = plan_of(graph, planned.choice, saliency)
-    made = cut_(model, graph, plan)
-    notes: dict[str, Any] = {
-        "form": made.form,
-        "form_reason": made.reason,
-        "proof": made.proof.error,
-        "left": planned.predicted[of] / whole,
-    }
-    if recover is not None and not plan.is_identity:
-        start = {n: made.rewritten.slice(n, t.detach()) for n, t in graph.program.tensors.items()}
-        start.update(own_tensors(made.model, start))
-        load_tensors(made.model, refit(graph, plan, made.rewritten, start, calls or _calibration(data, seed), seed=seed))
-    if recover == "distill" and not plan.is_identity:
-        notes["training"] = _distilled(made.model, model, data, epochs, seed)
-    return Candidate("pruned", plan, made.model, None, {}, None, _static(graph, plan, made.model), notes, made.removed)
+    if recover == "auto":
+        recover = "compensate" if _checked(data).has_batches else None
+    if not _checked(data).has_batches:
+        if criterion == "taylor":
+            raise DataError("criterion='taylor' needs batches: give Data(train=loader), or criterion='magnitude'")
+        if recover is not None:
+            raise DataError(f"recover={recover!r} needs batches: give Data(train=loader), or recover=None")
+    with _seeded(data, seed):
+        graph = understand(model, data)
+        calls = _calibration(data, seed) if data.has_batches else []
+        if criterion == "taylor":
+            saliency = {n: s.tolist() for n, s in group_saliency(graph, data, calls, seed=seed).items()}
+        else:
+            saliency = _magnitudes(graph)
+        options = [
+            GroupOptions(g.name, g.size, g.counts, loss_table(saliency[g.name], g.counts)) for g in group_counts(graph, align).values()
+        ]
+        features = Features(graph.costs)
+        full = Choice(graph.sizes)
+        costs = Costs(LatencyModel(features, np.zeros(len(features.names)), (full,), np.ones(1), 0.0))  # no time is asked for here
+        whole = costs.of(full, [of])[of]
+        planned = plan_for_budget(costs, options, [], {of: keep * whole})
+        if not planned.feasible:
+            raise PlanError(
+                f"keep={keep} of {of} cannot be reached: {planned.binding}; frozen: {', '.join(f.address for f in graph.frozen[:4])}"
+            )
+        plan = plan_of(graph, planned.choice, saliency)
+        made = cut_(model, graph, plan)
+        notes: dict[str, Any] = {
+            "form": made.form,
+            "form_reason": made.reason,
+            "proof": made.proof.error,
+            "left": planned.predicted[of] / whole,
+        }
+        if recover is not None and not plan.is_identity:
+            start = {n: made.rewritten.slice(n, t.detach()) for n, t in graph.program.tensors.items()}
+            start.update(own_tensors(made.model, start))
+            load_tensors(made.model, refit(graph, plan, made.rewritten, start, calls, seed=seed))
+        if recover == "distill" and not plan.is_identity:
+            notes["training"] = _distilled(made.model, model, data, epochs, seed)
+        return Candidate("pruned", plan, made.model, None, {}, None, _static(graph, plan, made.model), notes, made.removed)
 
 
 def _magnitudes(graph: Graph) -> dict[str, list[float]]:
@@ -183,8 +207,7 @@ def _magnitudes(graph: Graph) -> dict[str, list[float]]:
 
 
 def _calibration(data: Data, seed: int, samples: int = 256) -> list[Call]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with _seeded(data, seed):  # whatever was drawn before
         return list(data.calls("train", samples))
 
 
@@ -236,24 +259,25 @@ def quantize(
     from shohin.quantization import quantizable, quantize_program
 
     goal = get_target(target)
-    program = capture(model, _checked(data).example())
-    layers = quantizable(program)
-    chosen = {a: "float32" for a in layers}
-    for pattern, name in ({"*": format} if isinstance(format, str) else format).items():
-        _one_of("format", name, ("int8", "float32"))
-        chosen.update(dict.fromkeys(match(pattern, layers), name))
-    int8 = {a for a, f in chosen.items() if f == "int8"}
-    if not data.has_batches:
-        raise DataError("static quantization needs calibration batches: give Data(train=loader)")
-    quantized = quantize_program(program, int8, _calibration(data, seed), ranges=ranges, least_scale=goal.least_scale())
-    own = {
-        id(t): (nn.Parameter(t.detach().clone(), t.requires_grad) if isinstance(t, nn.Parameter) else t.detach().clone())
-        for t in (*model.parameters(), *model.buffers())
-    }
-    snapped = structural_copy(model, own)
-    load_tensors(snapped, unfold_state(quantized.folded, quantized.program.tensors, program.tensors))
-    plan = Plan(program.fingerprint, formats=dict.fromkeys(sorted(int8), "int8"))
-    return Candidate("quantized", plan, snapped, quantized.view(), quantized.by_address(), notes={"format": "int8", "ranges": ranges})
+    with _seeded(_checked(data), seed):
+        program = capture(model, data.example())
+        layers = quantizable(program)
+        chosen = {a: "float32" for a in layers}
+        for pattern, name in ({"*": format} if isinstance(format, str) else format).items():
+            _one_of("format", name, ("int8", "float32"))
+            chosen.update(dict.fromkeys(match(pattern, layers), name))
+        int8 = {a for a, f in chosen.items() if f == "int8"}
+        if not data.has_batches:
+            raise DataError("static quantization needs calibration batches: give Data(train=loader)")
+        quantized = quantize_program(program, int8, _calibration(data, seed), ranges=ranges, least_scale=goal.least_scale())
+        own = {
+            id(t): (nn.Parameter(t.detach().clone(), t.requires_grad) if isinstance(t, nn.Parameter) else t.detach().clone())
+            for t in (*model.parameters(), *model.buffers())
+        }
+        snapped = structural_copy(model, own)
+        load_tensors(snapped, unfold_state(quantized.folded, quantized.program.tensors, program.tensors))
+        plan = Plan(program.fingerprint, formats=dict.fromkeys(sorted(int8), "int8"))
+        return Candidate("quantized", plan, snapped, quantized.view(), quantized.by_address(), notes={"format": "int8", "ranges": ranges})
 
 
 def distill(
@@ -275,8 +299,9 @@ def distill(
     if len(names) != 1:
         raise DataError(f"one logit loss at a time; got {names}")
     own = copy.deepcopy(student)
-    alpha = 0.2 if _checked(data).has_labels else 0.0
-    result = distill_(own, teacher, data, config=TrainConfig(epochs=epochs, seed=seed), loss=names[0], alpha=alpha)  # type: ignore[arg-type]
+    with _seeded(_checked(data), seed):
+        alpha = 0.2 if data.has_labels else 0.0
+        result = distill_(own, teacher, data, config=TrainConfig(epochs=epochs, seed=seed), loss=names[0], alpha=alpha)  # type: ignore[arg-type]
     quality = Measurement(result.best_quality, "measured: validation, in torch") if result.best_quality is not None else None
     return Candidate("distilled", Plan(""), own, metrics=Metrics(quality=quality), notes={"training": result.to_json()})
 
@@ -320,19 +345,20 @@ def export(
     given = candidate_or_model if isinstance(candidate_or_model, Candidate) else Candidate("exported", Plan(""), candidate_or_model)
     if given.model is None:
         raise RunError(f"candidate {given.name!r} has no model; load it with shohin.load(folder, model=..., example=...)")
-    example = _checked(data).example()
-    program = capture(given.model, example)
-    quantized = requantized(program, given) if given.plan.formats else None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if quantized is None:
-        shown, notes = lower_program(goal, program, path, example.args, example.kwargs)
-    else:
-        shown, _, notes = lower_quantized(goal, quantized, path, example.args, example.kwargs)
-    checked = verify_export(goal, shown, path, expected_formats(program, quantized), [example], integer=quantized is not None)
-    timing = goal.measure({"file": path}, example.args, kwargs=example.kwargs)["file"]
-    quality = None
-    if data.metric is not None or (data.has_batches and data.has_labels and data.loss is None):
-        quality = Measurement(data.quality(goal.runner(path)), "measured: the metric over the file, on validation")
+    with _seeded(_checked(data), 0):
+        example = data.example()
+        program = capture(given.model, example)
+        quantized = requantized(program, given) if given.plan.formats else None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if quantized is None:
+            shown, notes = lower_program(goal, program, path, example.args, example.kwargs)
+        else:
+            shown, _, notes = lower_quantized(goal, quantized, path, example.args, example.kwargs)
+        checked = verify_export(goal, shown, path, expected_formats(program, quantized), [example], integer=quantized is not None)
+        timing = goal.measure({"file": path}, example.args, kwargs=example.kwargs)["file"]
+        quality = None
+        if data.metric is not None or (data.has_batches and data.has_labels and data.loss is None):
+            quality = Measurement(data.quality(goal.runner(path)), "measured: the metric over the file, on validation")
     metrics = Metrics(
         quality=quality, latency_ms=timing.measurement(), size_bytes=Measurement(float(path.stat().st_size), "measured: bytes of the file")
     )
@@ -379,20 +405,25 @@ class Profile:
 def profile(model: nn.Module, data: Data, target: str | Target = "onnxruntime", *, seed: int = 0) -> Profile:
     """Layers with shapes, MACs, bytes and measured milliseconds (attributed by a regression on whole-model timings).
 
+    An example is enough: ``Data(example=(x,))``.
+
     Raises:
         ModelError, TargetError: if the model cannot be captured or lowered.
     """
     import tempfile
 
+    from shohin.pipeline.formats import MAIN, precisions
     from shohin.pipeline.job import Job
     from shohin.pipeline.timing import profile as profile_
     from shohin.run import Run
 
-    graph, goal = understand(model, _checked(data)), get_target(target)
-    with tempfile.TemporaryDirectory(prefix="shohin-") as folder:
-        job = Job(Run(folder, {"version": 1}), model, data, goal, Budget(), seed, graph, None, frozenset(("quantize", "skip")), False)
+    goal = get_target(target)
+    with _seeded(_checked(data), seed), tempfile.TemporaryDirectory(prefix="shohin-") as folder, Run(folder, {"version": 1}) as run:
+        graph = understand(model, data)
+        job = Job(run, model, data, goal, Budget(), seed, graph, None, frozenset(("quantize", "skip")), False)
+        run.append("precisions", "", {name: 0.0 for name in precisions(job) if name in MAIN})  # times need no losses
         profile_(job, lambda: None)
-        found = (job.run.find("profile") or {})["data"]
+        found = (run.find("profile") or {})["data"]
     return Profile(found["layers"], found["ms"][0], found["leave_one_out"]["median"], found["repeatability"], graph, found["environment"])
 
 

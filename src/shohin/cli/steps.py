@@ -22,7 +22,7 @@ Keep = Annotated[float, typer.Option("--keep", help="Share that is left, in (0, 
 Of = Annotated[str, typer.Option("--of", help="Of what: macs or params.")]
 Criterion = Annotated[str, typer.Option("--criterion", help="taylor (needs batches) or magnitude.")]
 Granularity = Annotated[str, typer.Option("--granularity", help="What is removed at a time: channel (or head, neuron).")]
-Recover = Annotated[str, typer.Option("--recover", help="none, compensate, or distill.")]
+Recover = Annotated[str, typer.Option("--recover", help="auto, none, compensate, or distill.")]
 Epochs = Annotated[int, typer.Option("--epochs", min=1, help="Passes over the training batches.")]
 Format = Annotated[str, typer.Option("--format", help="Of every layer: int8 or float32.")]
 Layer = Annotated[
@@ -64,7 +64,7 @@ def prune(
     of: Of = "macs",
     criterion: Criterion = "taylor",
     granularity: Granularity = "channel",
-    recover: Recover = "compensate",
+    recover: Recover = "auto",
     epochs: Epochs = 5,
     target: options.TargetName = "onnxruntime",
     out: options.OutFolder = None,

@@ -27,7 +27,7 @@ def choose(candidates: dict[str, Candidate], budget: Budget, lower_is_better: bo
         return c.metrics.values()["latency_ms"]
 
     front = pareto(measured, latency, quality)
-    slower = [c for c in measured if c is not baseline and _slower(c)]
+    slower = [c for c in measured if c is not baseline and _slower(c, base.get("size_bytes", float("inf")))]
     for c in slower:
         reasons.append(f"{c.name} is not faster than the original ({_ratio(c)}); it was refused")
     violations = {c.name: budget.violations(c.metrics.values(), base, lower_is_better=lower_is_better) for c in measured}
@@ -52,9 +52,12 @@ def choose(candidates: dict[str, Candidate], budget: Budget, lower_is_better: bo
     return {"best": best.name, "baseline": "baseline", "front": [c.name for c in front], "reasons": reasons, "unmet": unmet}
 
 
-def _slower(c: Candidate) -> bool:
+def _slower(c: Candidate, size: float) -> bool:
+    """Slower than the original; or as fast, as far as five processes can tell, and not smaller either."""
     ratio = c.notes.get("latency_ratio")
-    return ratio is not None and ratio[0] > 1.0
+    if ratio is None:
+        return False
+    return bool(ratio[0] > 1.0 or (ratio[2] >= 1.0 and c.metrics.values().get("size_bytes", 0.0) >= size))
 
 
 def _ratio(c: Candidate) -> str:

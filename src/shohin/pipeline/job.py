@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from shohin.budget import Budget
 from shohin.candidate import Candidate
-from shohin.data import Call, Data, first_output
+from shohin.data import Call, Data, class_scores, first_output
 from shohin.errors import DataError
 from shohin.graph import Graph
 from shohin.run import Run
@@ -79,7 +79,7 @@ class Job:
 
     @cached_property
     def held_out(self) -> list[Call]:
-        """Other batches of ``train``, for losses of views: they choose between plans, so validation stays fresh.
+        """Other batches of ``train`` (some may be the same), for losses of views: they choose between plans, so validation stays fresh.
 
         A loader that does not shuffle gives its first batches to calibration: these are the last `CALIBRATION` of twice as many.
         """
@@ -139,7 +139,12 @@ class Job:
 
     def divergence(self, model: nn.Module) -> float:
         """How far a module's answers are from the original's: mean KL (nats) of class scores, relative squared error otherwise."""
-        return distance(self.reference, self.answers(model, self.view_calls))
+        return distance(self.reference, self.answers(model, self.view_calls), self.scores)
+
+    @cached_property
+    def scores(self) -> bool:
+        """True if the model's answers are class scores."""
+        return all(class_scores(answer, call) for answer, call in zip(self.reference, self.view_calls, strict=True))
 
     def folder(self, name: str) -> Path:
         """The folder of a candidate."""
@@ -158,10 +163,10 @@ def first(calls: list[Call], samples: int) -> list[Call]:
     return out
 
 
-def distance(reference: list[Tensor], answers: list[Tensor]) -> float:
+def distance(reference: list[Tensor], answers: list[Tensor], scores: bool) -> float:
     """See `Job.divergence`."""
     a, b = torch.cat(reference).double(), torch.cat(answers).double()
-    if a.dim() >= 2 and a.shape[-1] > 1:
+    if scores:
         p, q = a.log_softmax(-1), b.log_softmax(-1)
         value = float((p.exp() * (p - q)).sum(-1).mean())
     else:

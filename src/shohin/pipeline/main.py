@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import math
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ import torch
 from torch import nn
 
 from shohin.budget import Budget
-from shohin.candidate import Candidate
 from shohin.data import Data
 from shohin.errors import BudgetError, DataError, ShohinError
 from shohin.pipeline.choose import choose
@@ -26,8 +26,7 @@ from shohin.pipeline.plan import Finalist, finalists, saliencies
 from shohin.pipeline.reading import load_candidates
 from shohin.pipeline.recover import build
 from shohin.pipeline.ship import baseline, save, with_latency
-from shohin.pipeline.timing import plan_of, profile
-from shohin.planning.features import Features
+from shohin.pipeline.timing import profile
 from shohin.planning.latency import LatencyModel
 from shohin.program import call_inputs
 from shohin.result import Result
@@ -63,7 +62,8 @@ def optimize(
         target: name or `Target` with its conditions.
         budget: a sentence (``"latency <= 2 ms, drop <= 0.5 %"``) or a `Budget`.
         out: the run folder; default a dated one under ``runs/``.
-        time_limit: seconds, or "20 min"; decides how long candidates are trained. Steps under way are finished.
+        time_limit: seconds, or "20 min"; decides how long candidates are trained (two minutes each without it). Steps under way
+            are finished. torch runs on as many threads as the target has.
         seed: of everything random.
         methods: what may be chosen, of "prune", "quantize", "skip", "distill".
         finalists: how many planned candidates are built.
@@ -95,9 +95,11 @@ def optimize(
         _check_data(model, data)
         show = _Progress(progress)
         folder = Path(out) if out is not None else Path("runs") / datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
-        run = Run(folder, _config(model, graph.program, data, target, budget, seed, methods, finalists, seconds))
-        job = Job(run, model, data, target, budget, seed, graph, None if seconds is None else began + seconds, frozenset(methods), show.on)
-        return _stages(job, show, finalists)
+        inputs = _data_hash(data, seed, generators)
+        deadline = None if seconds is None else began + seconds
+        with Run(folder, _config(model, graph.program, inputs, data, target, budget, seed, methods, finalists, seconds)) as run:
+            job = Job(run, model, data, target, budget, seed, graph, deadline, frozenset(methods), show.on)
+            return _stages(job, show, finalists)
 
 
 def _stages(job: Job, show: _Progress, count: int) -> Result:
@@ -122,7 +124,7 @@ def _stages(job: Job, show: _Progress, count: int) -> Result:
         if finalist.name in job.candidates:
             continue
         if number and job.left() < 0:
-            run.once("late", finalist.name, lambda: "the time limit was reached before this candidate was built")
+            run.once("late", finalist.name, lambda: "the time limit was reached before this was built; the same command goes on with it")
             continue
         time_entry = run.find("time", finalist.name)
         if time_entry is None:
@@ -130,7 +132,6 @@ def _stages(job: Job, show: _Progress, count: int) -> Result:
             time_entry = run.entries[-1]
         try:
             job.candidates[finalist.name] = build(job, finalist, saliency, time_entry["data"])
-            run.append("built", finalist.name, {})
         except ShohinError as error:
             run.append("failed", finalist.name, str(error))
     show.stage("measure: all candidates against the original")
@@ -153,10 +154,17 @@ def _result(job: Job, model: LatencyModel, chosen: list[Finalist], saliency: dic
     picked["reasons"] += [f"{name}: {why}" for name, why in missing.items()]
     for c in job.candidates.values():
         picked["reasons"] += [f"{c.name}: {text}" for text in c.notes.get("parity", {}).get("departs", [])]
+    if not chosen:
+        frozen = "; ".join(dict.fromkeys(f"{f.address}: {f.reason}" for f in job.graph.frozen))
+        picked["reasons"].append(
+            f"no plan changes the model: {len(job.graph.groups)} unit groups, {len(job.graph.regions)} regions; frozen: {frozen}"
+        )
+    picked["reasons"] += (job.run.find("capture") or {"data": {}})["data"].get("remarks", [])
     plan_entry = job.run.find("plan")
     picked["reasons"] += list(plan_entry["data"].get("unmet", [])) if plan_entry else []
     picked.update(explain_candidates(job, model, chosen, saliency))
     _test(job, dict.fromkeys(("baseline", picked["best"])))
+    picked["reasons"] += [text for text in dict.fromkeys(t for c in job.candidates.values() for t in c.notes.get("remarks", []))]
     for candidate in job.candidates.values():
         save(job, candidate)
     last = next((e["data"] for e in reversed(job.run.entries) if e["stage"] == "result"), None)
@@ -176,8 +184,8 @@ def _result(job: Job, model: LatencyModel, chosen: list[Finalist], saliency: dic
 
 
 def _test(job: Job, names: Iterable[str]) -> None:
-    """Quality of the files on the test split, after everything was chosen (journaled). A user's metric is about validation alone."""
-    if job.data.test is None or job.data.metric is not None:
+    """Accuracy of the files on the test split, after everything was chosen (journaled). A user's metric is about validation alone."""
+    if job.data.test is None:
         return
     for name in names:
         candidate = job.candidates[name]
@@ -187,7 +195,7 @@ def _test(job: Job, names: Iterable[str]) -> None:
         try:
             quality = job.run.once("test", name, lambda run=runner: job.data.quality(run, "test"))  # type: ignore[misc]
         except DataError as error:
-            candidate.notes["remarks"] = [f"the test split cannot be used: {error}"]
+            candidate.notes["remarks"] = [f"the test split was not used: {error}"]
         else:
             candidate.notes["test"] = {"quality": quality}
 
@@ -253,6 +261,7 @@ def _check_finite(call: Any, outputs: Any, where: str) -> None:
 def _config(
     model: nn.Module,
     program: Any,
+    inputs: str,
     data: Data,
     target: Target,
     budget: Budget,
@@ -266,6 +275,7 @@ def _config(
         "model": type(model).__name__,
         "fingerprint": program.fingerprint,
         "weights": program.weights_hash(),
+        "data": inputs,
         "target": target.conditions,
         "budget": budget.to_json(),
         "asked": str(budget),
@@ -276,6 +286,20 @@ def _config(
         "quality_name": "quality" if data.metric is not None else "accuracy",
         "lower_is_better": data.lower_is_better,
     }
+
+
+def _data_hash(data: Data, seed: int, generators: list[torch.Generator]) -> str:
+    """Hash of what the job looks at: lengths of the loaders, and the first validation batch."""
+    digest = hashlib.sha256()
+    for loader in (data.train, data.validation):
+        digest.update(f"{len(loader) if isinstance(loader, Sized) else None};".encode())
+    seed_everything(mix(seed, "data hash"), generators)
+    call = next(data.calls("validation"))
+    for t in torch.utils._pytree.tree_leaves((call.args, call.kwargs, call.target)):
+        if isinstance(t, torch.Tensor):
+            digest.update(f"{tuple(t.shape)} {t.dtype};".encode())
+            digest.update(t.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 def parse_time(value: float | str | None) -> float | None:
@@ -321,4 +345,4 @@ class _Progress:
         """Called by long steps; a line for each would be noise."""
 
 
-__all__ = ["METHODS", "Candidate", "Features", "optimize", "parse_time", "plan_of"]
+__all__ = ["METHODS", "optimize", "parse_time"]

@@ -24,8 +24,8 @@ from shohin.pruning.saliency import group_saliency
 from shohin.surgery import rewrite, view, view_of
 
 Tick = Callable[[], None]
-#: latencies, as shares of the original's in float32, for which plans are made
-FRACTIONS = (0.08, 0.12, 0.17, 0.25, 0.35, 0.5, 0.7, 0.9)
+#: latencies (or sizes), as shares of the original's in float32, for which plans are made
+FRACTIONS = (0.08, 0.12, 0.17, 0.25, 0.35, 0.5, 0.7, 1.0)
 
 
 @dataclass(frozen=True)
@@ -195,14 +195,15 @@ def _search(
     profile = (job.run.find("profile") or {"data": {}})["data"]
     limits = bounds(job, baseline, profile["ms"][0])
     fixed = _fixed_bytes(model, profile)
+    resource = "size_bytes" if "size_bytes" in limits and "latency_ms" not in limits else "latency_ms"
     search = _Search(model)
     for _ in range(3):
         costs = Costs(search.model, fixed_bytes=fixed)
-        search.found, failed = front(costs, options, regions, precisions=kinds, fractions=FRACTIONS, budgets=limits)
+        search.found, failed = front(costs, options, regions, precisions=kinds, fractions=FRACTIONS, budgets=limits, resource=resource)
         if not search.found:  # no plan keeps the cost bounds: what is possible is built and shown, with what binds
             nearest = min(failed, key=lambda p: max(value / bound for value, bound in p.plan.misses.values()))
-            search.unmet = [nearest.plan.binding]
-            search.found = [nearest, *front(costs, options, regions, precisions=kinds, fractions=FRACTIONS)[0]]
+            search.unmet = [f"by the estimates of planning: {nearest.plan.binding}"]
+            search.found = [nearest, *front(costs, options, regions, precisions=kinds, fractions=FRACTIONS, resource=resource)[0]]
         search.picked = _pick(job, search.found, kinds, saliency, count)
         new = [p.plan.choice for p in search.picked if p.plan.choice.digest not in search.timed]
         if not new:
@@ -223,9 +224,17 @@ def _time(job: Job, search: _Search, choices: list[Choice], tick: Tick) -> list[
     results = time_choices(job, [whole, *choices], tick)
     scale = (job.run.find("profile") or {"data": {}})["data"]["ms"][0] / results[whole.digest]["ms"]
     times = [results[c.digest]["ms"] * scale for c in choices]
-    search.timed |= {c.digest: (t, search.model.predict(c)) for c, t in zip(choices, times, strict=True)}
+    search.timed |= {c.digest: (t, _unseen(search.model, c)) for c, t in zip(choices, times, strict=True)}
     search.model = search.model.refit(choices, times)
     return [results[c.digest]["bytes"] for c in choices]
+
+
+def _unseen(model: LatencyModel, choice: Choice) -> float:
+    """Prediction by a fit that has not seen the choice (the whole model in integers is always among those that were timed)."""
+    others = [i for i, c in enumerate(model.choices) if c != choice]
+    if len(others) == len(model.choices):
+        return model.predict(choice)
+    return LatencyModel.fit(model.features, [model.choices[i] for i in others], model.measured_ms[others], model.ridge).predict(choice)
 
 
 def _fixed_bytes(model: LatencyModel, profile: Mapping[str, Any]) -> float:
@@ -243,6 +252,9 @@ def _pick(job: Job, found: list[Point], kinds: list[Precision], saliency: dict[s
     Only points that no other beats on latency and estimated loss are looked at; their views decide.
     """
     front_points: list[Point] = []
+    found = [p for p in found if not plan_of(job.graph, p.plan.choice).is_identity]  # the original is a candidate already
+    original = (job.run.find("profile") or {"data": {}})["data"]["ms"][0]
+    found = [p for p in found if p.plan.predicted["latency_ms"] < original] or found  # what is slower would be refused
     for p in sorted(found, key=lambda p: (p.plan.predicted["latency_ms"], p.plan.loss)):
         if not front_points or p.plan.loss < front_points[-1].plan.loss:
             front_points.append(p)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from shohin.budget import Budget
 from shohin.candidate import Candidate, Metrics
 from shohin.data import Data
 from shohin.errors import RunError
@@ -62,12 +63,14 @@ def load(folder: str | Path, model: nn.Module | None = None, example: Any = None
 
 
 def _unfinished(run: Run, candidates: dict[str, Candidate]) -> Result:
-    """Best so far by what is known: validation quality among the finished, then size."""
-    sign = -1.0 if run.config.get("lower_is_better") else 1.0
+    """Best so far by what is known: what keeps the bounds on size and drop, then quality, then size. Latency is measured last."""
+    lower = bool(run.config.get("lower_is_better"))
+    budget, base = Budget.from_json(run.config.get("budget", {})), candidates["baseline"].metrics.values()
 
-    def order(c: Candidate) -> tuple[float, float]:
+    def order(c: Candidate) -> tuple[bool, float, float]:
         values = c.metrics.values()
-        return sign * values["quality"], -values["size_bytes"]
+        missed = budget.violations(values, base, lower_is_better=lower).keys() & {"size_bytes", "drop"}
+        return not missed, (-1.0 if lower else 1.0) * values["quality"], -values["size_bytes"]
 
     best = max(candidates.values(), key=order)
     notes = {"reasons": ["the run was interrupted; the same command goes on"], "unmet": [], "finished": False}

@@ -110,6 +110,7 @@ def _distill(job: Job, finalist: Finalist, made: Cut, graph: Graph, plan: Plan, 
                 config=TrainConfig(
                     epochs=settings["epochs"], lr=settings["lr"], ema=None, patience=max(5, settings["epochs"] // 3), seed=job.seed
                 ),
+                loss="kd" if job.scores else "mse",
                 alpha=0.2 if labels else 0.0,
                 feature_weight=0.2 if taps else 0.0,
                 taps=taps,
@@ -169,6 +170,8 @@ def _ship(job: Job, finalist: Finalist, plan: Plan, made: Cut, program: Program,
     extra: dict[str, Any] = {}
     if layers:
         quantized, extra = _quantize(job, program, layers)
+        weights = next(iter(quantized.weights.values())).format.name
+        plan = Plan(plan.fingerprint, plan.widths, plan.skips, dict.fromkeys(plan.formats, weights))
         view, grids, notes = lower_quantized(job.target, quantized, path, job.example, job.example_kwargs)
         values = unfold_state(quantized.folded, quantized.program.tensors, program.tensors)
         load_tensors(made.model, values)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from shohin.errors import RunError, TargetError
 from shohin.graph import Graph
@@ -173,10 +174,12 @@ def skipped_nodes(graph: Graph, plan: Plan) -> dict[str, str]:
 
 def _cache_key(job: Job, choices: Sequence[Choice]) -> str:
     environment = job.target.environment()
+    inputs = torch.utils._pytree.tree_leaves((job.example, job.example_kwargs))
     parts = [
+        2,  # of this format
         job.graph.program.fingerprint,
         sorted(environment.items(), key=str),
         [c.digest for c in choices],
-        [list(x.shape) if hasattr(x, "shape") else str(x) for x in job.example],
+        [f"{tuple(x.shape)} {x.dtype}" if isinstance(x, torch.Tensor) else repr(x) for x in inputs],
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -203,3 +203,9 @@ def call_inputs(program: Program, call: Call) -> tuple[Any, ...]:
 def restore_outputs(program: Program, flat: Any) -> Any:
     """Flat outputs in the model's own structure."""
     return pytree.tree_unflatten(list(flat), program.out_spec)
+
+
+def joined_inputs(program: Program, calls: Sequence[Call], limit: int) -> tuple[Any, ...]:
+    """Inputs of all calls as one batch of at most ``limit`` samples."""
+    columns = list(zip(*[call_inputs(program, c) for c in calls], strict=True))
+    return tuple(torch.cat(list(column))[:limit] if isinstance(column[0], Tensor) and column[0].dim() else column[0] for column in columns)

@@ -111,6 +111,7 @@ def _foldable(layer: Any, norm: fx.Node, names: Mapping[str, str]) -> bool:
         and len(layer.args[1].users) == 1
         and (len(layer.args) < 3 or not isinstance(layer.args[2], fx.Node) or len(layer.args[2].users) == 1)
         and (family(layer) != "linear" or len(layer.meta["val"].shape) == 2)
+        and all(len(v.users) == 1 for v in norm.args[1:5] if isinstance(v, fx.Node))  # its own: not shared by two layers
     )
 
 

@@ -29,6 +29,13 @@ class Origin:
     line: str
 
 
+class _Name(str):
+    """A node in the text of an operation's arguments, which no string argument can be taken for."""
+
+    def __repr__(self) -> str:
+        return f"<{self}>"
+
+
 @dataclass(frozen=True, eq=False)
 class Program:
     """The exported graph of a model.
@@ -69,13 +76,15 @@ class Program:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of structure: parameter names, shapes and types, and the sequence of operations. Weights do not enter."""
+        """Hash of structure: names, shapes and types of tensors, and every operation with its arguments. Weights do not enter."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.tensors.items()):
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype};".encode())
+        names = {node: self.names.get(name, name) for node, name in ((n, n.name) for n in self.graph.nodes)}
+        names |= {node: self.origins[node.name].address for node in self.graph.nodes if node.name in self.origins}
         for node in self.graph.nodes:
-            if node.op == "call_function":
-                digest.update(f"{node.target};".encode())
+            args = fx.map_arg((node.args, dict(node.kwargs)), lambda n: _Name(names[n]))
+            digest.update(f"{names[node]} {node.target if node.op == 'call_function' else node.op} {args!r};".encode())
         return digest.hexdigest()[:32]
 
     def weights_hash(self) -> str:

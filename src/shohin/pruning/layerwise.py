@@ -20,7 +20,7 @@ from shohin.graph import Graph
 from shohin.graph.labels.core import Labels
 from shohin.graph.units import kept_indices
 from shohin.plan import Plan
-from shohin.program import Program, call_inputs, family, interpret
+from shohin.program import Program, family, interpret, joined_inputs
 from shohin.program.nodes import argument
 from shohin.pruning.reconstruct import LeastSquares
 from shohin.surgery import Rewritten
@@ -85,12 +85,6 @@ def refit(
     return new
 
 
-def joined_inputs(program: Program, calls: Sequence[Call], limit: int) -> tuple[Any, ...]:
-    """Inputs of all calls as one batch of at most ``limit`` samples."""
-    columns = list(zip(*[call_inputs(program, c) for c in calls], strict=True))
-    return tuple(torch.cat(list(column))[:limit] if isinstance(column[0], Tensor) and column[0].dim() else column[0] for column in columns)
-
-
 def _layers(program: Program, graph: fx.Graph) -> set[str]:
     """Layers that can be refitted: weights of the model that one ungrouped convolution or linear layer reads."""
     found = set()
@@ -153,7 +147,10 @@ def _solve(
         x_rows = flat if chosen is None else flat[chosen]
     system = LeastSquares(x_rows.shape[1], len(weight))
     system.update(x_rows, wanted)
-    fitted, bias = system.solve(weight, ridge)
+    follows = [family(u) for u in node.users if u.op == "call_function"]
+    fitted, bias = system.solve(
+        weight, ridge, bias=isinstance(bias_node, fx.Node) or follows == ["batch_norm"]
+    )  # a norm takes the mean out
     name = program.names[node.args[1].name]  # type: ignore[union-attr, index]
     new[name] = fitted
     own = None

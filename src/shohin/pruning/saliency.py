@@ -3,12 +3,13 @@
 For a gate of one on each unit, placed on the inputs of the layers that read it, s = d loss / d gate of one sample. With the
 Fisher information as Hessian, removing the unit costs about ``E[s**2] / 2`` (Molchanov et al. 2019, 1906.10771; Theis et
 al. 2018, 1801.05787). Targets are drawn from the model's own answers where these are class scores (the true Fisher), so no
-labels are needed and a model that fits its training labels perfectly does not look as if nothing mattered.
+labels are needed and a model that fits its training labels perfectly does not look as if nothing mattered; other answers
+are taken as means of a Gaussian.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from shohin.data import Call, Data, first_output
+from shohin.data import Call, Data, class_scores, first_output
 from shohin.errors import DataError
 from shohin.evidence.fisher import UnitSaliency, gate_gradients
 from shohin.graph import Graph
@@ -117,15 +118,13 @@ def _owner(labels: Labels, units: Sequence[np.ndarray], count: int) -> tuple[int
 
 
 def _loss(outputs: Any, call: Call, data: Data, generator: torch.Generator) -> Tensor:
-    if data.loss is None and getattr(outputs, "loss", None) is None:
-        logits = first_output(outputs)
-        if logits.dim() >= 2 and logits.shape[-1] > 1:
-            flat = logits.reshape(-1, logits.shape[-1])
-            drawn = torch.multinomial(flat.detach().softmax(-1), 1, generator=generator).squeeze(1)
-            return F.cross_entropy(flat, drawn)
-    return data.batch_loss(outputs, call)
-
-
-def scaled(saliency: Mapping[str, Tensor]) -> dict[str, list[float]]:
-    """JSON-able."""
-    return {name: s.tolist() for name, s in saliency.items()}
+    """The user's loss; without one, the likelihood of answers drawn from the model's own distribution."""
+    if data.loss is not None or getattr(outputs, "loss", None) is not None:
+        return data.batch_loss(outputs, call)
+    answers = first_output(outputs)
+    if class_scores(outputs, call):
+        flat = answers.reshape(-1, answers.shape[-1])
+        drawn = torch.multinomial(flat.detach().softmax(-1), 1, generator=generator).squeeze(1)
+        return F.cross_entropy(flat, drawn)
+    noise = torch.randn(answers.shape, generator=generator, dtype=answers.dtype)
+    return 0.5 * (answers - answers.detach() - noise).square().flatten(1).sum(1).mean()

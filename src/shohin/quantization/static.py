@@ -18,7 +18,7 @@ from shohin.errors import DataError, PlanError
 from shohin.evidence.histogram import Histogram
 from shohin.evidence.ranges import grid, mse_range, percentile_range
 from shohin.formats import Quantizer, named_format
-from shohin.program import Folded, Program, call_inputs, family, fold, interpret
+from shohin.program import Folded, Program, call_inputs, family, fold, interpret, joined_inputs
 from shohin.program.nodes import argument
 from shohin.quantization.simulate import simulate
 from shohin.quantization.sites import CONVOLUTIONS, Sites, find_sites, quantizable
@@ -215,7 +215,7 @@ def _corrected(
 ) -> dict[str, Tensor]:
     """Tensors with corrected biases. All calibration batches go through each layer before the next is corrected."""
     tensors = dict(program.tensors)
-    joined = _joined(program, calls)
+    joined = joined_inputs(program, calls, 256)
     grids = {name: (float(q.scale.float()), int(q.zero_point), q.format.low, q.format.high) for name, q in activations.items()}
 
     def visit(node: fx.Node, value: Any, args: tuple[Any, ...]) -> Any:
@@ -238,9 +238,3 @@ def _corrected(
 def _snapped(x: Tensor, g: tuple[float, int, int, int]) -> Tensor:
     scale, zero, low, high = g
     return (x / scale).round_().add_(zero).clamp_(low, high).sub_(zero).mul_(scale)
-
-
-def _joined(program: Program, calls: Sequence[Call], limit: int = 256) -> tuple[Any, ...]:
-    """All calls as one batch, at most ``limit`` samples."""
-    columns = list(zip(*[call_inputs(program, c) for c in calls], strict=True))
-    return tuple(torch.cat(list(column))[:limit] if isinstance(column[0], Tensor) else column[0] for column in columns)
