@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +70,20 @@ def run(*arguments: object, cwd: Path | None = None) -> "subprocess.CompletedPro
     process = start(*arguments, cwd=cwd)
     out, err = process.communicate(timeout=120)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@dataclass
+class Stopped:
+    """A run that was stopped and resumed by the same command.
+
+    Args:
+        code, stderr: of the process that was stopped; ``journal`` is what it had written.
+        resumed: what the same command gave afterwards.
+    """
+
+    folder: Path
+    task: Path
+    code: int
+    stderr: str
+    journal: str
+    resumed: object

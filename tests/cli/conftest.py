@@ -4,28 +4,10 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cli_tasks import OPTIONS, TASK, invoke, start, write
-
-
-@dataclass
-class Stopped:
-    """A run that was stopped and resumed by the same command.
-
-    Args:
-        code, stderr: of the process that was stopped; ``journal`` is what it had written.
-        resumed: what the same command gave afterwards.
-    """
-
-    folder: Path
-    task: Path
-    code: int
-    stderr: str
-    journal: str
-    resumed: object
+from cli_tasks import OPTIONS, TASK, Stopped, invoke, start, write
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,10 +4,9 @@ import json
 import shutil
 from pathlib import Path
 
-from cli_tasks import NET, OPTIONS, invoke, write
+from cli_tasks import NET, OPTIONS, Stopped, invoke, write
 
 import shohin
-from conftest import Stopped
 from shohin.cli.taskfile import load_task
 from shohin.run import read_tensors, write_tensors
 

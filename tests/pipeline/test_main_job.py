@@ -157,7 +157,7 @@ def test_the_report_has_a_row_for_each_candidate(finished: Finished) -> None:
 def test_predictions_were_made_before_they_were_measured(finished: Finished) -> None:
     entries = Run(finished.result.folder).entries
     stages = [e["stage"] for e in entries]
-    assert stages.index("profile") < stages.index("plan") < stages.index("built") < stages.index("measure") < stages.index("result")
+    assert stages.index("profile") < stages.index("plan") < stages.index("time") < stages.index("measure") < stages.index("result")
     errors = finished.result.notes["prediction"]["errors"]
     assert errors.keys() == {c.name for c in small(finished.result.candidates)}
     assert np.isfinite(list(errors.values())).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from shohin.candidate import Candidate
-from shohin.errors import ShohinError
+from shohin.errors import PlanError, ShohinError
 from shohin.pipeline.formats import worthwhile
 from shohin.pipeline.job import Job, load_tensors
 from shohin.pipeline.timing import group_counts, plan_of, time_choices
@@ -232,9 +233,11 @@ def _time(job: Job, search: _Search, choices: list[Choice], tick: Tick) -> list[
 def _unseen(model: LatencyModel, choice: Choice) -> float:
     """Prediction by a fit that has not seen the choice (the whole model in integers is always among those that were timed)."""
     others = [i for i, c in enumerate(model.choices) if c != choice]
-    if len(others) == len(model.choices):
-        return model.predict(choice)
-    return LatencyModel.fit(model.features, [model.choices[i] for i in others], model.measured_ms[others], model.ridge).predict(choice)
+    if others and len(others) < len(model.choices):
+        rest = LatencyModel.fit(model.features, [model.choices[i] for i in others], model.measured_ms[others], model.ridge)
+        with contextlib.suppress(PlanError):  # nothing else ran its operations: then it cannot be foretold without it
+            return rest.predict(choice)
+    return model.predict(choice)
 
 
 def _fixed_bytes(model: LatencyModel, profile: Mapping[str, Any]) -> float:
