@@ -142,7 +142,7 @@ def prune(
     from shohin.planning.resources import Costs
     from shohin.pruning.layerwise import refit
     from shohin.pruning.saliency import group_saliency
-    from shohin.surgery import cut as cut_
+    from shohin.surgery import cut_sharing_values
 
     _one_of("of", of, ("macs", "params"))
     _one_of("criterion", criterion, ("taylor", "magnitude"))
@@ -177,7 +177,7 @@ def prune(
                 f"keep={keep} of {of} cannot be reached: {planned.binding}; frozen: {', '.join(f.address for f in graph.frozen[:4])}"
             )
         plan = plan_of(graph, planned.choice, saliency)
-        made = cut_(model, graph, plan)
+        made = cut_sharing_values(model, graph, plan)
         notes: dict[str, Any] = {
             "form": made.form,
             "form_reason": made.reason,
@@ -185,7 +185,7 @@ def prune(
             "left": planned.predicted[of] / whole,
         }
         if recover is not None and not plan.is_identity:
-            start = {n: made.rewritten.slice(n, t.detach()) for n, t in graph.program.tensors.items()}
+            start = made.rewritten.sliced()
             start.update(own_tensors(made.model, start))
             load_tensors(made.model, refit(graph, plan, made.rewritten, start, calls, seed=seed))
         if recover == "distill" and not plan.is_identity:

@@ -144,3 +144,36 @@ def test_cut_models_can_be_copied_and_saved(form: str) -> None:
     close(answers(copy.deepcopy(result.model), call), answers(result.model, call), form)
     if form == "module":
         close(answers(pickle.loads(pickle.dumps(result.model)), call), answers(result.model, call), form)
+
+
+class _Heads(torch.nn.Module):
+    """Attention with the default scale, whose head dims a cut class must make up for in its query rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dim = 8
+        self.q, self.k, self.v = (torch.nn.Linear(16, 32) for _ in range(3))
+        self.out = torch.nn.Linear(32, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k = (f(x).view(x.shape[0], -1, 4, self.dim).transpose(1, 2) for f in (self.q, self.k))
+        v = self.v(x).view(x.shape[0], -1, 4, 8).transpose(1, 2)
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(y.transpose(1, 2).reshape(x.shape[0], -1, 32))
+
+
+def test_a_cut_that_shares_values_equals_the_rewritten_program_with_them() -> None:
+    from shohin.program import ProgramModule
+    from shohin.surgery import cut, cut_sharing_values, understand
+
+    torch.manual_seed(0)
+    model, x = _Heads().eval(), torch.randn(3, 6, 16)
+    graph = understand(model, (x[:2],))
+    group = next(g for g in graph.groups if g.name.startswith("q.weight") and g.size == 8)
+    plan = Plan(graph.program.fingerprint, {group.name: (0, 1, 2, 4)})
+    assert cut(model, graph, plan).rewritten.scaled  # the case: a class with other values than the program
+    made = cut_sharing_values(model, graph, plan)
+    values = {**made.rewritten.sliced(), **dict(made.model.named_parameters())}
+    program = ProgramModule(graph.program, made.rewritten.graph, values)
+    with torch.no_grad():
+        assert torch.allclose(program(x), made.model(x), atol=1e-6)

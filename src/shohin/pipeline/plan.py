@@ -287,7 +287,7 @@ def _view_loss(job: Job, choice: Choice, saliency: dict[str, list[float]]) -> fl
     if plan.is_identity:
         return 0.0
     rewritten = rewrite(job.graph, plan)
-    start = {n: rewritten.slice(n, t.detach()) for n, t in job.graph.program.tensors.items()}
+    start = rewritten.sliced()
     values = refit(job.graph, plan, rewritten, start, job.calibration, rows=2048, samples=max(job.view_samples, 64), seed=job.seed)
     module = view_of(job.graph, rewritten)
     load_tensors(module, values)

@@ -20,7 +20,7 @@ from shohin.program import Folded, Program, fold, with_graph
 from shohin.quantization import Quantized, find_sites
 from shohin.result import Result
 from shohin.run import Run, checksum, read_json, read_tensors
-from shohin.surgery import cut, understand
+from shohin.surgery import cut_sharing_values, understand
 
 
 def load(folder: str | Path, model: nn.Module | None = None, example: Any = None) -> Result:
@@ -118,11 +118,11 @@ def _rebuild(candidate: Candidate, model: nn.Module, graph: Graph, weights: Path
     if candidate.name == "baseline":
         candidate.model = model
         return
-    made = cut(model, graph, Plan(plan.fingerprint, plan.widths, plan.skips))
+    made = cut_sharing_values(model, graph, Plan(plan.fingerprint, plan.widths, plan.skips))
     candidate.model = made.model.eval()
     load_tensors(made.model, read_tensors(weights))
     if plan.formats:
-        sliced = {name: made.rewritten.slice(name, t.detach()) for name, t in before.tensors.items()}
+        sliced = made.rewritten.sliced()
         own = own_tensors(made.model, dict.fromkeys(before.names.values()))
         candidate.view = requantized(with_graph(before, made.rewritten.graph, {**sliced, **own}), candidate).view()
 

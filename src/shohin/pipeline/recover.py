@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from shohin.candidate import Candidate
 from shohin.data import first_output
@@ -22,7 +22,7 @@ from shohin.program import Program, unfold_state, with_graph
 from shohin.pruning.layerwise import refit
 from shohin.quantization import Quantized, quantize_program
 from shohin.run import read_tensors, write_tensors
-from shohin.surgery import Cut, cut
+from shohin.surgery import Cut, cut_sharing_values
 from shohin.training import TrainConfig
 
 #: longest distillation, in epochs
@@ -38,7 +38,7 @@ def build(job: Job, finalist: Finalist, saliency: dict[str, list[float]], second
     graph = job.graph
     plan = plan_of(graph, finalist.choice, saliency)
     shape = Plan(plan.fingerprint, plan.widths, plan.skips)
-    made = cut(job.model, graph, shape)
+    made = cut_sharing_values(job.model, graph, shape)
     model = made.model
     steps: list[dict[str, Any]] = []
     if not shape.is_identity:
@@ -48,12 +48,8 @@ def build(job: Job, finalist: Finalist, saliency: dict[str, list[float]], second
             _distill(job, finalist, made, graph, shape, seconds, steps)
     model.eval()
     names = {name: 0 for name in graph.program.names.values()}
-    program = with_graph(graph.program, made.rewritten.graph, {**_sliced(graph, made), **own_tensors(model, names)})
+    program = with_graph(graph.program, made.rewritten.graph, {**made.rewritten.sliced(), **own_tensors(model, names)})
     return _ship(job, finalist, plan, made, program, steps)
-
-
-def _sliced(graph: Graph, made: Cut) -> dict[str, Tensor]:
-    return {name: made.rewritten.slice(name, t.detach()) for name, t in graph.program.tensors.items()}
 
 
 def _step(job: Job, finalist: Finalist, step: str, model: nn.Module) -> dict[str, Any]:
@@ -73,7 +69,7 @@ def _compensate(job: Job, finalist: Finalist, made: Cut, plan: Plan, steps: list
     path = job.run.work(f"{finalist.name}-compensated.safetensors")
     entry = job.run.find("compensate", finalist.name)
     if entry is None or not path.exists():
-        start = {**_sliced(graph, made), **own_tensors(made.model, {n: 0 for n in graph.program.names.values()})}
+        start = {**made.rewritten.sliced(), **own_tensors(made.model, {n: 0 for n in graph.program.names.values()})}
         best, losses = start, {"sliced": job.divergence(made.model)}
         for label, weights, statistics in (
             ("recalibrated", False, True),

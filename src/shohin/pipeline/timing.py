@@ -60,8 +60,7 @@ def plan_of(graph: Graph, choice: Choice, saliency: dict[str, Any] | None = None
 def program_of(graph: Graph, plan: Plan) -> Program:
     """The program through a plan, with sliced values."""
     rewritten = rewrite(graph, plan)
-    tensors = {name: rewritten.slice(name, t.detach()) for name, t in graph.program.tensors.items()}
-    return with_graph(graph.program, rewritten.graph, tensors)
+    return with_graph(graph.program, rewritten.graph, rewritten.sliced())
 
 
 def profile(job: Job, tick: Any) -> LatencyModel:

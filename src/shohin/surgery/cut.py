@@ -79,6 +79,15 @@ def cut(model: nn.Module, graph: Graph, plan: Plan, *, form: str = "module") -> 
     return Cut(again, "program", reason, prove(graph.program, again, view), removed, rewritten)
 
 
+def cut_sharing_values(model: nn.Module, graph: Graph, plan: Plan) -> Cut:
+    """A cut whose tensors can be put into the rewritten program and back.
+
+    A class whose query rows had to be scaled holds other values than the program, which writes the scale out: the program form then.
+    """
+    made = cut(model, graph, plan)
+    return cut(model, graph, plan, form="program") if made.form == "module" and made.rewritten.scaled else made
+
+
 def _repair(model: nn.Module, graph: Graph, plan: Plan, rewritten: Rewritten) -> nn.Module | str:
     """A copy with sliced tensors, repaired integers and skipped modules; a sentence that says why not."""
     program = graph.program

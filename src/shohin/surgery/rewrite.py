@@ -69,6 +69,10 @@ class Rewritten:
         tensor = self.tensors[name].detach()
         return self.scale(name, self.slice(name, tensor)) if self.kept.get(name) else tensor.clone()
 
+    def sliced(self) -> dict[str, Tensor]:
+        """The parts that stay of all tensors, unscaled: values for the rewritten graph."""
+        return {name: self.slice(name, tensor.detach()) for name, tensor in self.tensors.items()}
+
     def scale(self, name: str, part: Tensor) -> Tensor:
         """The kept part of a tensor with its query rows multiplied, where head dims were cut."""
         if name not in self.scaled:
