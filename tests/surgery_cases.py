@@ -173,9 +173,10 @@ def small_convnext(model: nn.Module, kept: Kept) -> nn.Module:
 def small_groupnorm(groups: int) -> Callable[[nn.Module, Kept], nn.Module]:
     def build(model: nn.Module, kept: Kept) -> nn.Module:
         size = 8 // groups
-        s = [g * size + i for g in range(groups) for i in kept["a.weight"]] if size > 1 and groups > 1 else list(kept["a.weight"])
+        several = size > 1 and groups > 1
+        s = [g * size + i for g in kept["a.weight"] for i in kept["a.weight#2"]] if several else list(kept["a.weight"])
         take = {name: {0: s} for name in ("a.weight", "a.bias", "n.weight", "n.bias")} | {"b.weight": {1: s}}
-        return load(models.NormGroups(len(s), len(s) if size == 1 else groups), model, take)
+        return load(models.NormGroups(len(s), len(s) if size == 1 else len(kept["a.weight"]) if several else groups), model, take)
 
     return build
 
@@ -284,8 +285,12 @@ CASES: dict[str, Case] = {
     "grouped": Case(
         models.Grouped,
         image(3, 4, 4),
-        {"a.weight": 4, "g.weight": 4},
-        {"a.weight": [("g.weight", 1, same)], "g.weight": [("b.weight", 1, at(0, 4))]},
+        {"a.weight": 2, "a.weight#2": 4, "g.weight": 4},
+        {
+            "a.weight": [("b.weight", 1, block(4))],
+            "a.weight#2": [("g.weight", 1, same)],
+            "g.weight": [("b.weight", 1, at(0, 4))],
+        },
     ),
     "flatten": Case(
         models.Flatten,
@@ -353,9 +358,18 @@ CASES: dict[str, Case] = {
     "recurrent": Case(models.Recurrent, image(2, 6), {"b.weight": 7}, {"b.weight": [("c.weight", 1, same)]}),
     "unknown operator": Case(models.Unknown, image(6), {"b.weight": 7}, {"b.weight": [("c.weight", 1, same)]}),
     "keywords": Case(models.Named, named, {"a.weight": 8}, {"a.weight": [("c.weight", 1, same)]}),
-    "windowed": Case(models.Windowed, image(4, 4, 3), {"merge.weight": 5}, {"merge.weight": [("out.weight", 1, same)]}, form="any"),
+    "windowed": Case(
+        models.Windowed,
+        image(4, 4, 3),
+        {"a.weight": 6, "merge.weight": 5},
+        {
+            "a.weight": [("merge.weight", 1, lambda i: [[4, 2, 0, 1, 5, 3].index(i) + 6 * k for k in range(4)])],
+            "merge.weight": [("out.weight", 1, same)],
+        },
+        form="any",
+    ),
     "matrix": Case(models.Matrix, image(4), {"w1": 7, "w2": 5}, {"w1": [("w2", 0, same)], "w2": [("w3", 0, same)]}),
-    "group norm": Case(lambda: models.NormGroups(8, 2), image(3, 4, 4), {"a.weight": 4}, small=small_groupnorm(2)),
+    "group norm": Case(lambda: models.NormGroups(8, 2), image(3, 4, 4), {"a.weight": 2, "a.weight#2": 4}, small=small_groupnorm(2)),
     "group norm over all": Case(lambda: models.NormGroups(8, 1), image(3, 4, 4), {"a.weight": 8}, small=small_groupnorm(1)),
     "instance-like group norm": Case(lambda: models.NormGroups(8, 8), image(3, 4, 4), {"a.weight": 8}, small=small_groupnorm(8)),
     "convnext": Case(models.ConvNeXt, image(3, 8, 8), {"stem.weight": 8, "pw1.weight": 12}, small=small_convnext),

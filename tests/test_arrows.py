@@ -13,13 +13,13 @@ FLOORS = (
     ("program",),
     ("graph",),
     ("surgery",),
-    ("evidence", "training", "targets"),
+    ("evidence", "training", "targets", "integrations"),
     ("planning",),
     ("pruning", "quantization", "distillation"),
     ("architecture",),
     ("report",),
     ("pipeline", "verbs", "result"),
-    ("cli", "integrations"),
+    ("cli",),
 )
 TOGETHER = (FLOORS[0], FLOORS[9])
 FLOOR = {room: i for i, floor in enumerate(FLOORS) for room in floor}

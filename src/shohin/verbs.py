@@ -20,6 +20,8 @@ from shohin.candidate import Candidate, Measurement, Metrics
 from shohin.data import Call, Data
 from shohin.errors import DataError, ModelError, PlanError, RunError
 from shohin.graph import Graph
+from shohin.graph.describe import layer_details
+from shohin.graph.memory import Memory, memory
 from shohin.plan import Plan
 from shohin.program import capture, unfold_state
 from shohin.result import Result
@@ -377,15 +379,18 @@ def export(
 
 @dataclass(frozen=True)
 class Profile:
-    """A table of layers with measured milliseconds.
+    """A table of layers with measured milliseconds. ``str`` gives it with groups, regions and what is frozen, in 100 columns.
 
     Args:
-        rows: ``{"address", "kind", "macs", "params", "bytes", "ms_before", "format"}`` for each operation that costs time.
+        rows: ``{"address", "kind", "inputs", "output", "macs", "params", "bytes", "moved", "intensity", "ms_before", "format"}``
+            for each operation that costs time: shapes ("B" is the batch), bytes of the weights, bytes read and written for
+            one sample, MACs per byte.
         total_ms: measured time of the whole model.
         error: median leave-one-out error of the attribution's latency model.
         repeatability: of the timings.
         graph: groups, regions, frozen.
         environment: CPU, instruction sets, versions, threads.
+        memory: of the activations of one sample in float32, in program order.
     """
 
     rows: list[dict[str, Any]]
@@ -394,12 +399,12 @@ class Profile:
     repeatability: float
     graph: Graph
     environment: dict[str, Any] = field(default_factory=dict)
+    memory: Memory | None = None
 
     def __str__(self) -> str:
-        head = f"{'operation':<44}{'kind':<16}{'MACs':>12}{'params':>10}{'ms':>9}"
-        lines = [f"{r['address']:<44}{r['kind']:<16}{r['macs']:>12.0f}{r['params']:>10.0f}{r['ms_before']:>9.4f}" for r in self.rows]
-        tail = f"total {self.total_ms:.4f} ms measured; attribution error {self.error:.1%} (median, leave-one-out)"
-        return "\n".join([head, *lines, tail])
+        from shohin.report.profile_text import profile_text
+
+        return profile_text(self)
 
 
 def profile(model: nn.Module, data: Data, target: str | Target = "onnxruntime", *, seed: int = 0) -> Profile:
@@ -424,7 +429,10 @@ def profile(model: nn.Module, data: Data, target: str | Target = "onnxruntime", 
         run.append("precisions", "", {name: 0.0 for name in precisions(job) if name in MAIN})  # times need no losses
         profile_(job, lambda: None)
         found = (run.find("profile") or {})["data"]
-    return Profile(found["layers"], found["ms"][0], found["leave_one_out"]["median"], found["repeatability"], graph, found["environment"])
+    details = layer_details(graph)
+    rows = [{**row, **details.get(row["address"], {})} for row in found["layers"]]
+    error = found["leave_one_out"]["median"]
+    return Profile(rows, found["ms"][0], error, found["repeatability"], graph, found["environment"], memory(graph))
 
 
 def verify(path: str | Path) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from shohin.surgery import view
 from surgery_cases import CASES, Case
 from surgery_checks import understood
 
-#: operators whose work the polynomials do not count
-UNCOUNTED = {"recurrent": "the recurrence of an LSTM"}
+#: models that the counter does not count
+UNCOUNTED = {"recurrent": "torch runs an LSTM in one fused call, which its counter does not see"}
 
 
 def counted(model: nn.Module, case: Case) -> float:

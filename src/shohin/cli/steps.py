@@ -40,22 +40,18 @@ def profile(
     batch: options.Batch = 1,
     debug: options.Debug = False,
 ) -> None:
-    """Show where MACs, bytes and measured milliseconds go, layer by layer."""
+    """Show where MACs, bytes and measured milliseconds go, layer by layer; what can be chosen, and what is frozen and why."""
     with guarded(debug, task):
         checked_path(task)
         goal = options.the_target(target, threads, batch)
         values = load_task(task, seed)
-        from shohin.cli import tables
+        from shohin.report.profile_text import profile_parts
         from shohin.verbs import profile
 
         found = profile(values["model"], values["data"], goal, seed=seed)
         screen = console()
-        screen.print(tables.generic(found.rows))
-        screen.print(
-            f"whole model: {found.total_ms:.4f} ms measured (repeatable to {found.repeatability:.1%}); "
-            f"attributed to layers by a regression with a median error of {found.error:.1%}",
-            soft_wrap=True,
-        )
+        for part in profile_parts(found):
+            screen.print(part)
 
 
 def prune(

@@ -114,24 +114,3 @@ def comparisons(found: Mapping[str, Any], where: str = "") -> list[tuple[str, Ma
     if "passes" in found and not out:
         out = [(where or "all", found)]
     return out
-
-
-def generic(rows: Iterable[Mapping[str, Any]], title: str | None = None) -> Table:
-    """Rows of equal keys, as they are."""
-    rows = list(rows)
-    out = table([str(k).replace("_", " ") for k in (rows[0] if rows else {})], title)
-    for row in rows:
-        out.add_row(*(_cell(v) for v in row.values()))
-    return out
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return DASH
-    if isinstance(value, float):
-        return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    if isinstance(value, (list, tuple)):
-        return "×".join(str(v) for v in value)
-    return str(value) if not isinstance(value, Path) else value.name

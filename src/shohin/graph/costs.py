@@ -63,6 +63,23 @@ class Operator:
         """(MACs, elements, weight elements) at these widths."""
         return sum(t.at(kept) for t in self.macs), sum(t.at(kept) for t in self.elements), sum(t.at(kept) for t in self.weights)
 
+    def moved(self, kept: Mapping[str, int], batch: int = 1, element: float = 4.0, weight: float | None = None) -> float:
+        """Bytes read and written: activations of ``batch`` samples, and each weight once.
+
+        Args:
+            element: bytes of an activation element.
+            weight: bytes of a weight element; default as for activations.
+        """
+        _, elements, weights = self.amounts(kept)
+        return batch * elements * element + weights * (element if weight is None else weight)
+
+    def intensity(self, kept: Mapping[str, int], batch: int = 1, element: float = 4.0, weight: float | None = None) -> float:
+        """Arithmetic intensity: MACs per byte moved (Williams et al. 2009, the roofline model). Below the ratio of a machine's
+        arithmetic to its memory bandwidth, memory decides the time. 0 where nothing is moved.
+        """
+        moved = self.moved(kept, batch, element, weight)
+        return batch * self.amounts(kept)[0] / moved if moved else 0.0
+
 
 @dataclass(frozen=True)
 class Edge:

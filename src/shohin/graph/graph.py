@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+import torch
 
 from shohin.graph.costs import Edge, Operator
-from shohin.graph.labels.context import Frozen, Parameter, propagate
+from shohin.graph.labels.context import Frozen, Parameter
 from shohin.graph.labels.core import Array, Labels, compress
+from shohin.graph.labels.walk import propagate
 from shohin.graph.operators import Extents, edges, macs_of, operators
 from shohin.graph.regions import Region, find_regions
 from shohin.graph.units import Structure, UnitGroup, find_groups
@@ -26,6 +28,7 @@ class Graph:
         program: what was captured.
         labels: operation node name -> settled labels of its tensor (tuples of labels for operators with several results).
         planes: tensor name -> settled label planes.
+        constants: node names of tensors that the forward makes from no input and no weight; these are sliced where they are used.
         label_count: labels are below this number.
         groups: width decisions.
         regions: what can be skipped.
@@ -43,6 +46,7 @@ class Graph:
     frozen: tuple[Frozen, ...]
     costs: tuple[Operator, ...] = ()
     edges: tuple[Edge, ...] = ()
+    constants: frozenset[str] = frozenset()
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -92,29 +96,40 @@ def understand_program(program: Program) -> Graph:
     find = context.classes.find
 
     def settled(value: Labels) -> Labels:
-        return compress(find(value.data), value.shape)
+        return Labels(tuple(p for p in (compress(find(p)) for p in value.planes) if p.size > 1), value.shape)
 
     labels: dict[str, Labels | tuple[Labels, ...]] = {}
+    constants: set[str] = set()
     for node, value in context.values.items():
         if isinstance(value, Labels):
             labels[node.name] = settled(value)
+        elif isinstance(value, Parameter) and value.constant:
+            labels[node.name] = settled(Labels(tuple(value.planes), value.shape))
+            constants.add(node.name)
+        elif isinstance(value, torch.Tensor) and node.op == "call_function":
+            constants.add(node.name)
         elif isinstance(value, (tuple, list)) and value and all(isinstance(v, Labels) for v in value):
             labels[node.name] = tuple(settled(v) for v in value)
     planes = {name: tuple(_settle_planes(p, find)) for name, p in context.parameters.items()}
+    planes |= {name: (np.zeros((1,) * t.dim(), np.int64),) for name, t in program.tensors.items() if not t.is_floating_point()}
     by_tensor = {id(program.tensors[name]): planes[name] for name in planes}
     planes.update({name: by_tensor[id(t)] for name, t in program.tensors.items() if name not in planes and id(t) in by_tensor})
     flat = [one for v in labels.values() for one in (v if isinstance(v, tuple) else (v,))]
-    structure = Structure([*(v.data for v in flat), *(a for arrays in planes.values() for a in arrays)], context.classes.links)
+    whole = np.unique(find(np.array(sorted(context.classes.whole), np.int64)))
+    extra = [*(find(g) for g in context.classes.grids), *whole[:, None]]
+    structure = Structure(
+        [*(p for v in flat for p in v.planes), *(a for arrays in planes.values() for a in arrays), *extra], context.classes.links
+    )
     normalized = {int(v) for a in context.normalized for v in np.unique(find(a)) if v}
-    order = [n for n in program.names.values() if n in planes]
+    order = [n for n in program.names.values() if n in context.parameters]
     distinct = {n: planes[n] for n in dict.fromkeys(order) if context.parameters[n].name == n}
     sizes = {n: program.tensors[n].numel() for n in distinct if n in program.trainable}
     groups = find_groups(distinct, structure, normalized, sizes, context.produced)
-    count = len(find(np.zeros(1, np.int64))) and int(context.classes.fresh(1)[0])
+    count = context.classes.count
     single = {name: v for name, v in labels.items() if isinstance(v, Labels)}
     regions = find_regions(program, single)
     frozen = tuple(dict.fromkeys(note for note, _ in context.frozen))
-    return with_costs(Graph(program, labels, planes, count, tuple(groups), tuple(regions), frozen))
+    return with_costs(Graph(program, labels, planes, count, tuple(groups), tuple(regions), frozen, constants=frozenset(constants)))
 
 
 def with_costs(graph: Graph) -> Graph:
@@ -128,7 +143,7 @@ def with_costs(graph: Graph) -> Graph:
 def _settle_planes(parameter: Parameter, find: Callable[[Array], Array]) -> list[Array]:
     out = []
     for plane in parameter.planes:
-        data = compress(find(plane), parameter.shape).data
-        if any(n > 1 for n in data.shape):
+        data = compress(find(plane))
+        if data.size > 1:
             out.append(data)
     return out or [np.zeros((1,) * len(parameter.shape), np.int64)]

@@ -11,10 +11,11 @@ from torch import fx
 
 from shohin.graph.costs import Edge, Extent, Operator, Term
 from shohin.graph.labels.core import Array, Labels
+from shohin.graph.macs import RECURRENT, contraction, contracts
 from shohin.graph.regions import Region
+from shohin.graph.sizes import Sizes
 from shohin.graph.units import UnitGroup
 from shohin.program import Program, family
-from shohin.program.nodes import argument, arguments
 
 #: fused into their neighbour or free in every runtime that folds: no cost of their own
 FREE = frozenset(
@@ -41,24 +42,6 @@ FREE = frozenset(
     ]
 )
 
-#: contractions
-WEIGHTED = frozenset(
-    [
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "convolution",
-        "conv_transpose1d",
-        "conv_transpose2d",
-        "conv_transpose3d",
-        "linear",
-        "matmul",
-        "mm",
-        "bmm",
-        "addmm",
-        "scaled_dot_product_attention",
-    ]
-)
 #: classes of the rest, for latency regression
 KINDS = {
     frozenset(["layer_norm", "group_norm", "rms_norm", "softmax", "instance_norm"]): "norm",
@@ -67,7 +50,6 @@ KINDS = {
     frozenset(
         ["cat", "stack", "permute", "transpose", "slice", "select", "split", "chunk", "unbind", "roll", "index", "pad", "constant_pad_nd"]
     ): "movement",
-    frozenset(["einsum"]): "einsum",
 }
 
 
@@ -76,29 +58,48 @@ class Extents:
 
     def __init__(self, groups: Sequence[UnitGroup], label_count: int) -> None:
         self._groups = groups
-        self._unit: list[Array] = []  # for each group: label -> unit, or -1
-        for group in groups:
-            unit = np.full(label_count, -1, np.int64)
-            for i, labels in enumerate(group.units):
-                unit[labels] = i
-            self._unit.append(unit)
+        self._known: dict[tuple[bytes, tuple[int, ...], int], list[tuple[float, tuple[Extent, ...]]]] = {}
+        owned = [np.concatenate([np.stack([u, np.full(len(u), i)]) for i, u in enumerate(g.units)], 1) for g in groups]
+        members = [np.concatenate([o[0] for o in owned]), np.repeat(np.arange(len(owned)), [o.shape[1] for o in owned])] if owned else None
+        #: (memberships, labels): group of each label, or -1; a label of a head and of a dim has two
+        self._group = np.full((1, label_count), -1, np.int64)
+        self._unit = np.full((1, label_count), -1, np.int64)
+        if members is not None:
+            self._fill(members[0], members[1], np.concatenate([o[1] for o in owned]))
+
+    def _fill(self, labels: Array, groups: Array, units: Array) -> None:
+        row = 0
+        while len(labels):
+            if row == len(self._group):
+                empty = np.full((1, self._group.shape[1]), -1, np.int64)
+                self._group, self._unit = np.concatenate([self._group, empty]), np.concatenate([self._unit, empty])
+            _, first = np.unique(labels, return_index=True)
+            self._group[row, labels[first]], self._unit[row, labels[first]] = groups[first], units[first]
+            left = np.setdiff1d(np.arange(len(labels)), first)
+            labels, groups, units, row = labels[left], groups[left], units[left], row + 1
 
     def axis(self, data: Array, axis: int, size: int) -> list[tuple[float, tuple[Extent, ...]]]:
-        """Products of extents whose sum is the size of an axis; ``data`` are its tensor's compressed labels.
+        """Products of extents whose sum is the size of an axis; ``data`` is the plane that varies on it.
 
         Indices that one group removes give one linear extent; rows that two groups remove (head x dim) give a product.
         """
         if data.shape[axis] == 1:
             return [(1.0, (Extent(size, {}),))]
-        lines = np.moveaxis(data, axis, 0).reshape(size, -1)
-        owners = np.zeros((size, len(self._groups)), bool)
-        for g, unit in enumerate(self._unit):
-            of = unit[lines]
-            owners[:, g] = (of[:, 0] >= 0) & (of == of[:, :1]).all(axis=1)
-        kinds, counts = np.unique(owners, axis=0, return_counts=True)
+        key = data.tobytes(), data.shape, axis
+        if key not in self._known:
+            self._known[key] = self._axis(np.moveaxis(data, axis, 0).reshape(size, -1))
+        return self._known[key]
+
+    def _axis(self, lines: Array) -> list[tuple[float, tuple[Extent, ...]]]:
+        present = [int(g) for g in np.unique(self._group[:, lines[:, 0]]) if g >= 0]
+        owners = np.zeros((len(lines), len(present)), bool)
+        for column, g in enumerate(present):
+            of = np.where(self._group[:, lines] == g, self._unit[:, lines], -1).max(axis=0)
+            owners[:, column] = (of[:, 0] >= 0) & (of == of[:, :1]).all(axis=1)
+        kinds, counts = np.unique(owners, axis=0, return_counts=True) if present else (np.zeros((1, 0), bool), np.array([len(lines)]))
         fixed, per_unit, products = 0, {}, []
         for kind, count in zip(kinds, counts.tolist(), strict=True):
-            members = [self._groups[g] for g in np.flatnonzero(kind).tolist()]
+            members = [self._groups[present[g]] for g in np.flatnonzero(kind).tolist()]
             if not members:
                 fixed = count
             elif len(members) == 1:
@@ -109,8 +110,8 @@ class Extents:
         return [*([(1.0, (Extent(fixed, per_unit),))] if fixed or per_unit else []), *products]
 
     def tensor(self, labels: Labels) -> list[Term]:
-        """Elements of an activation at batch 1 (axis 0 is the batch)."""
-        return self.product([(labels.data, d, n) for d, n in enumerate(labels.shape) if d])
+        """Elements of a tensor without axis 0."""
+        return self.product([(labels.plane(d), d, n) for d, n in enumerate(labels.shape) if d])
 
     def product(self, axes: Sequence[tuple[Array, int, int]], factor: float = 1.0) -> list[Term]:
         """The product of several axes' sizes, as a sum of terms."""
@@ -132,21 +133,40 @@ def operators(
     program: Program, labels: Mapping[str, Labels], planes: Mapping[str, Sequence[Array]], extents: Extents, regions: Sequence[Region]
 ) -> list[Operator]:
     """Every operation that costs time, in program order."""
+    sizes = Sizes(program, labels, planes, extents)
     out = []
     for node in program.graph.nodes:
-        if node.op != "call_function" or node.name not in labels or family(node) in FREE:
+        results = _results(node, labels)
+        if not results or family(node) in FREE:
             continue
         origin = program.origins[node.name]
-        kind, macs, weights = _work(program, node, labels, planes, extents)
-        elements = [t for n in (*node.all_input_nodes, node) if n.name in labels for t in extents.tensor(labels[n.name])]
+        kind, macs = contraction(sizes, node) if contracts(node) else (_kind(family(node)), [])
+        tensors = [n for n in node.all_input_nodes if n.name in program.names]
+        weights = [t for n in tensors for t in sizes.product(sizes.axes(n))]
+        elements = [t for n in (*node.all_input_nodes, *results) if n.name in labels for t in sizes.elements(n)]
         inside = tuple(r.name for r in regions if node.name in r.nodes)
         out.append(Operator(origin.address, kind, tuple(macs), tuple(elements), tuple(weights), inside, origin.module))
     return out
 
 
+def _results(node: fx.Node, labels: Mapping[str, Labels]) -> list[fx.Node]:
+    """The nodes that hold what an operation computes: itself, or the parts that are read of what a recurrence returns."""
+    if node.op != "call_function":
+        return []
+    if node.name in labels:
+        return [node]
+    return [n for n in node.users if n.name in labels] if family(node) in RECURRENT else []
+
+
+def _kind(name: str) -> str:
+    """Class of an operation without MACs."""
+    return next((kind for families, kind in KINDS.items() if name in families or (kind == "pool" and "pool" in name)), "elementwise")
+
+
 def edges(program: Program, labels: Mapping[str, Labels], extents: Extents, costs: Sequence[Operator]) -> list[Edge]:
     """The tensors between operations that cost time (free ones in between do not count), in program order."""
     known = {op.address for op in costs}
+    sizes = Sizes(program, labels, {}, extents)
     found: dict[tuple[str, str], Edge] = {}
 
     def source(node: fx.Node) -> str | None:
@@ -164,68 +184,9 @@ def edges(program: Program, labels: Mapping[str, Labels], extents: Extents, cost
             continue
         for tensor in node.all_input_nodes:
             start = source(tensor) if tensor.name in labels else None
-            if start is not None and start != target:
-                found.setdefault((start, target), Edge(start, target, tuple(extents.tensor(labels[tensor.name]))))
+            if start is not None and start != target and (start, target) not in found:
+                found[start, target] = Edge(start, target, tuple(sizes.elements(tensor)))
     return list(found.values())
-
-
-def _work(
-    program: Program, node: fx.Node, labels: Mapping[str, Labels], planes: Mapping[str, Sequence[Array]], extents: Extents
-) -> tuple[str, list[Term], list[Term]]:
-    """(kind, MACs, weight elements) of an operation."""
-    name = family(node)
-    tensors = [program.names[n.name] for n in node.all_input_nodes if n.name in program.names]
-    weights = [t for tensor in tensors for t in extents.product(_axes(program, planes, tensor))]
-    kind, macs = "elementwise", list[Term]()
-    for families, label in KINDS.items():
-        if name in families or (label == "pool" and "pool" in name):
-            kind = label
-    if name in WEIGHTED:
-        kind, macs = _contraction(program, node, labels, planes, extents)
-    return kind, macs, weights
-
-
-def _contraction(
-    program: Program, node: fx.Node, labels: Mapping[str, Labels], planes: Mapping[str, Sequence[Array]], extents: Extents
-) -> tuple[str, list[Term]]:
-    name, result = family(node), labels[node.name]
-    args = arguments(node)
-    operands = args[1:3] if name in ("addmm", "baddbmm") else args[:2]
-    own = [(result.data, d, n) for d, n in enumerate(result.shape) if d]
-    if name == "scaled_dot_product_attention":
-        q, k = (labels[n.name] for n in operands)
-        rank = len(q.shape)
-        keys = (k.data, rank - 2, k.shape[-2])
-        return "attention", [*extents.product([*((q.data, d, q.shape[d]) for d in range(1, rank)), keys]), *extents.product([*own, keys])]
-    x = labels.get(operands[0].name)
-    weight = program.names.get(operands[1].name)
-    shape = tuple(program.tensors[weight].shape) if weight else ()
-    if name.startswith("conv") and weight and x is not None:
-        transposed = name.startswith("conv_transpose")
-        source = [(x.data, d, n) for d, n in enumerate(x.shape) if d] if transposed else own
-        macs = extents.product([*source, (*_plane(planes[weight], 1, len(shape)), shape[1])], math.prod(shape[2:]))
-        grouped = isinstance(argument(node, 6), int) and argument(node, 6) > 1
-        kind = ("depthwise" if shape[1] == 1 else "groupconv") if grouped else "convtranspose" if transposed else "conv"
-        return kind + "x".join(map(str, shape[2:])), macs
-    if name == "linear" and weight:
-        return "linear", extents.product([*own, (*_plane(planes[weight], 1, 2), shape[1])])
-    if x is not None:
-        kind = "linear" if weight and name != "bmm" else "matmul"
-        return kind, extents.product([*own, (x.data, len(x.shape) - 1, x.shape[-1])])
-    return "matmul", []
-
-
-def _axes(program: Program, planes: Mapping[str, Sequence[Array]], tensor: str) -> list[tuple[Array, int, int]]:
-    shape = tuple(program.tensors[tensor].shape)
-    return [(*_plane(planes[tensor], d, len(shape)), n) for d, n in enumerate(shape)]
-
-
-def _plane(planes: Sequence[Array], axis: int, rank: int) -> tuple[Array, int]:
-    """The plane that labels an axis of a parameter, or an unlabelled one."""
-    for plane in planes:
-        if plane.shape[axis] > 1:
-            return plane, axis
-    return np.zeros((1,) * rank, np.int64), axis
 
 
 def macs_of(items: Sequence[Operator], kept: Mapping[str, int], skipped: frozenset[str] = frozenset()) -> float:

@@ -44,17 +44,30 @@ class UnitGroup:
         return f"UnitGroup({self.name!r}, {self.size} units, {self.parameters} parameters each, slices {where})"
 
 
-def kept_indices(data: Array, gone: np.ndarray) -> dict[int, Array] | None:
-    """The indices that stay along each varying axis when the classes marked in ``gone`` are removed.
+def kept_indices(planes: Iterable[Array], gone: np.ndarray) -> dict[int, Array] | None:
+    """The indices that stay along each axis that shrinks when the classes marked in ``gone`` are removed.
+
+    Args:
+        planes: of one tensor.
 
     Returns:
         None if what stays is not rectangular, or nothing stays.
     """
-    mask = gone[data]
-    if not mask.any():
+    kept: dict[int, Array] = {}
+    for plane in planes:
+        found = _kept(plane, gone)
+        if found is None:
+            return None
+        for axis, indices in found.items():
+            kept[axis] = indices if axis not in kept else np.intersect1d(kept[axis], indices)
+    return kept if all(len(i) for i in kept.values()) else None
+
+
+def _kept(data: Array, gone: np.ndarray) -> dict[int, Array] | None:
+    stays = ~gone[data]
+    if stays.all():
         return {}
     kept: dict[int, Array] = {}
-    stays = ~mask
     for axis in range(data.ndim):
         if data.shape[axis] > 1:
             other = tuple(d for d in range(data.ndim) if d != axis)
@@ -84,6 +97,8 @@ class Structure:
         self.grids = [a for a in distinct.values() if a.ndim >= 2]
         self.vectors = [a.reshape(-1) for a in distinct.values() if a.ndim < 2 and a.any()]
         self.links = [(p, frozenset(m.tolist())) for p, m in links]
+        top = max((int(a.max()) for a in (*distinct.values(), *(np.append(m, p) for p, m in links))), default=0)
+        self._gone = np.zeros(top + 1, bool)
         self._grids_of: dict[int, list[int]] = defaultdict(list)
         for index, grid in enumerate(self.grids):
             for label in np.unique(grid).tolist():
@@ -102,50 +117,76 @@ class Structure:
         """Labels that cannot be units by themselves without looking."""
         return set(self._grids_of) | set(self._links_of)
 
-    def seeds(self) -> list[frozenset[int]]:
-        """Slices of the grids, and the labels of links: where a closure may start."""
+    def units(self) -> list[frozenset[int]]:
+        """The removable sets of labels that grids and links tie together: closures of slices of grids and of links' labels.
+
+        Large slices come first. Where the first slices along an axis close to sets that are known already, the others that
+        lie inside known ones are left out: slices of one axis are alike.
+        """
         found: dict[frozenset[int], None] = {}
+        known: dict[int, list[frozenset[int]]] = defaultdict(list)
+        for seeds in self._seeds():
+            nothing_new = 0
+            for seed in seeds:
+                if nothing_new >= 3 and any(seed <= unit for unit in known[min(seed)]):
+                    continue
+                unit = self.close(seed)
+                if unit is None or unit in found:
+                    nothing_new += 1
+                    continue
+                nothing_new = 0
+                found[unit] = None
+                for label in unit:
+                    known[label].append(unit)
+        return list(found)
+
+    def _seeds(self) -> list[list[frozenset[int]]]:
+        """Where a closure may start: the slices of each axis of the grids, and the labels of links."""
+        families: list[list[frozenset[int]]] = []
         for grid in self.grids:
             for axis in range(grid.ndim):
-                for index in range(grid.shape[axis]):
-                    found[frozenset(np.unique(grid.take(index, axis)).tolist())] = None
+                rows = np.moveaxis(grid, axis, 0).reshape(grid.shape[axis], -1)
+                families.append([frozenset(row) for row in rows.tolist()])
+        families.sort(key=lambda seeds: -max(map(len, seeds)))
         in_grids = set(self._grids_of)
-        for parent, members in self.links:
-            for label in (parent, *sorted(members)):
-                if label not in in_grids:
-                    found[frozenset((label,))] = None
-        return list(found)
+        loose = (label for parent, members in self.links for label in (parent, *sorted(members)) if label not in in_grids)
+        return [*families, [frozenset((label,)) for label in dict.fromkeys(loose)]]
 
     def close(self, seed: Iterable[int]) -> frozenset[int] | None:
         """The smallest removable set that holds ``seed``; None if it would remove a frozen label or a whole tensor."""
         gone = set(seed)
         todo = set(gone)
-        while todo:
-            if 0 in gone:
-                return None
-            touched_links = {i for label in todo for i in self._links_of.get(label, ())}
-            touched_grids = {i for label in todo for i in self._grids_of.get(label, ())}
-            todo = set()
-            for i in touched_links:
-                parent, members = self.links[i]
-                if parent in gone:
-                    todo |= members - gone
-                elif members <= gone:
-                    todo.add(parent)
-            for i in sorted(touched_grids):
-                more = self._complete(self.grids[i], gone | todo)
-                if more is None:
+        try:
+            while todo:
+                if 0 in gone:
                     return None
-                todo |= more
-            todo -= gone
-            gone |= todo
-        emptied = any(gone.issuperset(self.vectors[i].tolist()) for i in {i for label in gone for i in self._vectors_of.get(label, ())})
-        return None if emptied else frozenset(gone)
+                self._gone[list(todo)] = True
+                touched_links = {i for label in todo for i in self._links_of.get(label, ())}
+                touched_grids = {i for label in todo for i in self._grids_of.get(label, ())}
+                todo = set()
+                for i in touched_links:
+                    parent, members = self.links[i]
+                    if parent in gone:
+                        todo |= members - gone
+                    elif members <= gone:
+                        todo.add(parent)
+                self._gone[list(todo)] = True
+                for i in sorted(touched_grids):
+                    more = self._complete(self.grids[i])
+                    if more is None:
+                        return None
+                    todo |= more
+                    self._gone[list(more)] = True
+                todo -= gone
+                gone |= todo
+            touched = {i for label in gone for i in self._vectors_of.get(label, ())}
+            return None if any(self._gone[self.vectors[i]].all() for i in touched) else frozenset(gone)
+        finally:
+            self._gone[:] = False
 
-    @staticmethod
-    def _complete(grid: Array, gone: set[int]) -> set[int] | None:
+    def _complete(self, grid: Array) -> set[int] | None:
         """What must go too so that the grid stays rectangular, choosing the axis that costs least."""
-        mask = np.isin(grid, list(gone))
+        mask = self._gone[grid]
         if mask.all():
             return None
         axes = range(grid.ndim)
@@ -155,9 +196,10 @@ class Structure:
         for axis in axes:
             line = mask.all(axis=others[axis])
             full.append(line)
-            shape = [1] * grid.ndim
-            shape[axis] = -1
-            partial &= ~line.reshape(shape)
+            if line.any():
+                shape = [1] * grid.ndim
+                shape[axis] = -1
+                partial &= ~line.reshape(shape)
         if not partial.any():
             return set()
         best: set[int] | None = None
@@ -165,7 +207,8 @@ class Structure:
             line = partial.any(axis=others[axis])
             if (line | full[axis]).all():
                 continue
-            more = set(np.unique(grid.take(np.flatnonzero(line), axis)).tolist()) - gone
+            lost = grid.take(np.flatnonzero(line), axis)
+            more = set(lost[~self._gone[lost]].tolist())
             if best is None or len(more) < len(best):
                 best = more
         return best
@@ -198,41 +241,29 @@ def find_groups(
         produced: (parameter, axis) of every axis that a weight produces; groups are named after these.
     """
     lines = _lines(planes)
-    places: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    for number, (_, _, labels) in enumerate(lines):
-        for index, label in enumerate(labels.tolist()):
-            if label:
-                places[label].append((number, index))
-    visits: dict[int, list[int]] = defaultdict(list)
-    for number, labels in enumerate([*(labels for _, _, labels in lines), *structure.vectors]):
-        for label in labels.tolist():
-            visits[label].append(number)
+    index = _Index([labels for _, _, labels in lines], structure.vectors)
     complex_labels = structure.complex_labels
-    units: list[frozenset[int]] = [frozenset((label,)) for label in places if label not in complex_labels]
-    units += list(dict.fromkeys(u for seed in structure.seeds() if (u := structure.close(seed)) is not None))
+    units: list[frozenset[int]] = [frozenset((label,)) for label in index.placed if label not in complex_labels]
+    units += structure.units()
     groups: dict[tuple[object, ...], list[frozenset[int]]] = defaultdict(list)
     for unit in units:
-        counts: dict[int, int] = defaultdict(int)
-        for label in unit:
-            for number in visits.get(label, ()):
-                counts[number] += 1
-        if any(label in places for label in unit):
-            groups[tuple(sorted(counts.items())), structure.signature(unit) if unit & complex_labels else ()].append(unit)
+        if any(label in index.first for label in unit):
+            groups[index.signature(unit), structure.signature(unit) if unit & complex_labels else ()].append(unit)
     named: dict[str, int] = defaultdict(int)
     out = []
-    for members in sorted(groups.values(), key=lambda m: _order(m, places, lines)):
+    for members in sorted(groups.values(), key=lambda m: index.order(m[0])):
         if not _disjoint(members):
             continue
-        members.sort(key=lambda u: _order([u], places, lines))
-        slices = _slices(members, places, lines)
+        members.sort(key=index.order)
+        slices = _slices(members, lines, index, planes)
         made = [name for name, axes in slices.items() if any((name, axis) in produced for axis in axes)]
         if made:
             named[made[0]] += 1  # a single unit counts too: names stay when a cut leaves one
         if len(members) < 2 or not slices:
             continue
-        base = next(iter(made), next(iter(slices)))
+        base = next(iter(made), max(slices, key=lambda n: sizes.get(n, 0)))  # a computed weight: its largest part
         named[base] += not made
-        parameters = sum(_removed(planes[n], size, members[0]) for n, size in sizes.items())
+        parameters = sum(_removed(planes[n], sizes[n], members[0]) for n in slices if n in sizes)
         out.append(
             UnitGroup(
                 name=base if named[base] == 1 else f"{base}#{named[base]}",
@@ -274,13 +305,46 @@ def _removed(arrays: Sequence[Array], size: int, unit: frozenset[int]) -> int:
     return size - int(left.sum()) * (size // left.size)
 
 
-def _order(members: Sequence[frozenset[int]], places: Mapping[int, list[tuple[int, int]]], lines: Sequence[Line]) -> tuple[int, int, int]:
-    """First place of a unit: parameter axis in program order, index, then distance to its second index there (a head, whose
-    rows are neighbours, before "dim d of every head"). Nothing that depends on sizes, so that names survive a cut.
-    """
-    found = sorted(p for label in members[0] for p in places.get(label, ()))
-    number, index = found[0] if found else (len(lines), 0)
-    return number, index, next((i - index for n, i in found[1:] if n == number and i > index), 0)
+class _Index:
+    """Where labels lie: in the axes of parameters (``lines``) and in other tensors (``vectors``)."""
+
+    def __init__(self, lines: Sequence[Array], vectors: Sequence[Array]) -> None:
+        arrays = [*lines, *vectors]
+        labels = np.concatenate([np.zeros(0, np.int64), *arrays])
+        numbers = np.repeat(np.arange(len(arrays)), [len(a) for a in arrays])
+        places = np.concatenate([np.zeros(0, np.int64), *(np.arange(len(a)) for a in arrays)])
+        keys, counts = np.unique(labels * max(len(arrays), 1) + numbers, return_counts=True)
+        self._label, self._visits = keys // max(len(arrays), 1), np.stack([keys % max(len(arrays), 1), counts], 1)
+        count = sum(len(a) for a in lines)
+        found, at = np.unique(labels[:count], return_index=True)
+        where = np.stack([numbers[at], places[at]], 1)
+        self.first = {label: (number, place) for label, (number, place) in zip(found.tolist(), where.tolist(), strict=True) if label}
+        self.placed = sorted(self.first, key=self.first.__getitem__)
+        self._lines = lines
+
+    def visits(self, label: int) -> Array:
+        """(array, times) of every array that holds a label, by array."""
+        start, stop = np.searchsorted(self._label, [label, label + 1])
+        found: Array = self._visits[start:stop]
+        return found
+
+    def signature(self, unit: frozenset[int]) -> bytes:
+        """What a unit takes from every array: interchangeable units take alike."""
+        if len(unit) == 1:
+            return self.visits(next(iter(unit))).tobytes()
+        every = np.concatenate([self.visits(label) for label in sorted(unit)])
+        numbers, inverse = np.unique(every[:, 0], return_inverse=True)
+        return np.stack([numbers, np.bincount(inverse, every[:, 1]).astype(np.int64)], 1).tobytes()
+
+    def order(self, unit: frozenset[int]) -> tuple[int, int, int]:
+        """First place of a unit: parameter axis in program order, index, then distance to its second index there (a head,
+        whose rows are neighbours, before "dim d of every head"). Nothing that depends on sizes, so that names survive a cut.
+        """
+        number, place = min((self.first[label] for label in unit if label in self.first), default=(len(self._lines), 0))
+        if len(unit) == 1 or number == len(self._lines):
+            return number, place, 0
+        mine = np.flatnonzero(np.isin(self._lines[number], list(unit)))
+        return number, place, int(mine[1] - place) if len(mine) > 1 else 0
 
 
 def _disjoint(members: Sequence[frozenset[int]]) -> bool:
@@ -288,15 +352,33 @@ def _disjoint(members: Sequence[frozenset[int]]) -> bool:
 
 
 def _slices(
-    members: Sequence[frozenset[int]], places: Mapping[int, list[tuple[int, int]]], lines: Sequence[Line]
+    members: Sequence[frozenset[int]], lines: Sequence[Line], index: _Index, planes: Mapping[str, Sequence[Array]]
 ) -> dict[str, dict[int, Array]]:
-    rows: dict[int, list[list[int]]] = defaultdict(lambda: [[] for _ in members])
-    for i, unit in enumerate(members):
-        for label in unit:
-            for number, index in places.get(label, ()):
-                rows[number][i].append(index)
+    """Parameter name -> {axis: (units, indices per unit)}, in program order."""
+    labels = np.array(sorted(label for unit in members for label in unit), np.int64)
+    owner = {label: i for i, unit in enumerate(members) for label in unit}
+    owners = np.array([owner[label] for label in labels.tolist()], np.int64)
+    touched = sorted({number for label in members[0] for number in index.visits(label)[:, 0].tolist() if number < len(lines)})
     out: dict[str, dict[int, Array]] = defaultdict(dict)
-    for number in sorted(rows):
-        name, axis, _ = lines[number]
-        out[name][axis] = np.array([sorted(r) for r in rows[number]], np.int64)
-    return dict(out)
+    for number in touched:
+        name, axis, line = lines[number]
+        at = np.minimum(np.searchsorted(labels, line), len(labels) - 1)
+        places = np.flatnonzero(labels[at] == line)
+        order = np.argsort(owners[at[places]], kind="stable")
+        out[name][axis] = places[order].reshape(len(members), -1)
+    for name, arrays in planes.items():
+        for plane in (a for a in arrays if sum(n > 1 for n in a.shape) > 1 and np.isin(a, labels).any()):
+            for axis in range(plane.ndim):
+                found = _whole_slices(plane, axis, members)
+                if found is not None:
+                    out[name][axis] = found
+    return {name: out[name] for name in planes if name in out}
+
+
+def _whole_slices(plane: Array, axis: int, members: Sequence[frozenset[int]]) -> Array | None:
+    """(units, indices) along an axis of a plane that varies on several: whole slices that go with each unit."""
+    if plane.shape[axis] == 1:
+        return None
+    others = tuple(d for d in range(plane.ndim) if d != axis)
+    rows = [np.flatnonzero(np.isin(plane, list(unit)).all(axis=others)) for unit in members]
+    return np.array(rows, np.int64) if rows[0].size and len({len(r) for r in rows}) == 1 else None

@@ -153,7 +153,7 @@ def aligned_taps(graph: Graph, plan: Plan) -> list[FeatureTap]:
         if not varying:
             continue
         axis = varying[0]
-        kept = (kept_indices(labels.data, gone) or {}).get(axis)
+        kept = (kept_indices(labels.planes, gone) or {}).get(axis)
         taps.append(FeatureTap(region.module, None if kept is None else tuple(int(i) for i in kept), axis))
     return taps
 

@@ -12,25 +12,32 @@ from torch.utils import _pytree as pytree
 
 from shohin.data import Call
 from shohin.errors import DataError
+from shohin.program.inputs import arranged
 from shohin.program.nodes import arguments, run
 from shohin.program.program import Program
 
 
-class _Specs:
-    """Pytree specs; shared by copies."""
+class _Form:
+    """How a program is called and what it returns; shared by copies."""
 
-    def __init__(self, inputs: Any, outputs: Any) -> None:
-        self.inputs, self.outputs = inputs, outputs
+    def __init__(self, program: Program) -> None:
+        self.inputs, self.outputs, self.signature = program.in_spec, program.out_spec, program.signature
+        self.example = tuple(x.new_empty(0) if isinstance(x, Tensor) else x for x in program.example)  # kinds, not values
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Specs:
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Form:
         return self
+
+    def flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """The arguments of a call in the order of the program's inputs."""
+        return arranged((args, kwargs), self.inputs, self.signature, self.example)
 
 
 class ProgramModule(nn.Module):
     """Runs a graph with the user's signature.
 
     ``state_dict`` has the names of the original model. ``train()`` switches batch normalization and dropout as in the
-    original, by rewriting their training arguments (`ExportedProgram.module()` cannot).
+    original, by rewriting their training arguments (`ExportedProgram.module()` cannot). A training program has one form: what
+    training mode did when it was captured.
 
     Args:
         program: gives names and specs.
@@ -47,7 +54,7 @@ class ProgramModule(nn.Module):
         taps: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
-        self._specs = _Specs(program.in_spec, program.out_spec)
+        self._form = _Form(program)
         self._tapped = bool(taps)
         values = {**program.tensors, **(tensors or {})}
         source = graph if graph is not None else program.graph
@@ -61,7 +68,7 @@ class ProgramModule(nn.Module):
                 self._register(name, values[name], name in program.trainable)
         self._functions = {mode: _compile(source, program.names, taps, training=mode) for mode in (False, True)}
         self.__class__ = _signed(str(program.signature), program.signature)
-        self.train(False)
+        self.train(program.training)
 
     def _register(self, name: str, value: Tensor, trainable: bool) -> None:
         owner: nn.Module = self
@@ -82,9 +89,8 @@ class ProgramModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs of the model, in the model's own structure (or flat, with taps)."""
-        flat, _ = pytree.tree_flatten((args, kwargs))
-        outputs = self._functions[self.training](self, *flat)
-        return tuple(outputs) if self._tapped else pytree.tree_unflatten(list(outputs), self._specs.outputs)
+        outputs = self._functions[self.training](self, *self._form.flat(args, kwargs))
+        return tuple(outputs) if self._tapped else pytree.tree_unflatten(list(outputs), self._form.outputs)
 
 
 _CLASSES: dict[str, type[ProgramModule]] = {}
@@ -189,9 +195,7 @@ def call_inputs(program: Program, call: Call) -> tuple[Any, ...]:
     Raises:
         DataError: if the call has another structure than the example, or a tensor of another shape beyond the batch.
     """
-    flat, spec = pytree.tree_flatten((call.args, call.kwargs))
-    if spec != program.in_spec:
-        raise DataError(f"a batch calls the model as {spec}, but the example was {program.in_spec}: all batches must have one structure")
+    flat = arranged((tuple(call.args), dict(call.kwargs)), program.in_spec, program.signature, program.example)
     for name, x, example in zip(program.inputs, flat, program.example, strict=True):
         if isinstance(x, Tensor) and isinstance(example, Tensor) and x.shape[1:] != example.shape[1:]:
             raise DataError(

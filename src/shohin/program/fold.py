@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from shohin.program.capture import family
+from shohin.program.origins import family
 from shohin.program.program import Program
 
 CONVOLUTIONS = frozenset(("conv1d", "conv2d", "conv3d"))

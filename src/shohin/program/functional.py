@@ -5,100 +5,125 @@
 
 from __future__ import annotations
 
-from torch import fx
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
 
 from shohin.errors import ModelError
+from shohin.program.memory import Memory, Spot, aten, example_value, name_of, spread, where
+from shohin.program.nodes import argument, arguments
 
-#: operators whose result may share memory with their first argument
-ALIASES = frozenset(
-    [
-        "view",
-        "reshape",
-        "flatten",
-        "unflatten",
-        "permute",
-        "transpose",
-        "t",
-        "expand",
-        "expand_as",
-        "slice",
-        "select",
-        "unbind",
-        "split",
-        "split_with_sizes",
-        "chunk",
-        "squeeze",
-        "unsqueeze",
-        "detach",
-        "alias",
-        "movedim",
-        "swapaxes",
-        "narrow",
-        "diagonal",
-        "unfold",
-        "view_as",
-        "contiguous",
-        "to",
-        "dropout",
-        "getitem",
-        "as_strided",
-    ]
-)
+#: functional operators that have another name
+_OTHER_NAMES = {"normal": "normal_functional"}
+#: in-place operators that change the shape of a tensor, not its contents
+_RESHAPING = frozenset(["squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_", "detach_"])
 
 
-def make_functional(graph: fx.Graph) -> fx.Graph:
-    """Rewrites every in-place operator of the graph, in place, so that later readers of the mutated tensor read the result.
+def make_functional(graph: fx.Graph, buffers: Collection[str] = ()) -> tuple[list[str], dict[str, str]]:
+    """Rewrites every in-place operator of the graph, in place, so that later readers of the changed memory read the result.
+
+    Args:
+        buffers: placeholders that may be changed: the program computes with the change, and does not keep it.
+
+    Returns:
+        The buffer placeholders that forward changes, and {node made again: node that it repeats}.
 
     Raises:
-        ModelError: where a tensor that shares memory with the mutated one is read later: the result would differ.
+        ModelError: where an input or a parameter is changed, or an operator or a view has no functional form, with its line.
     """
-    import torch
-
-    order = {node: i for i, node in enumerate(graph.nodes)}
+    memory, changed, dead = Memory(graph), dict[str, None](), []
     for node in list(graph.nodes):
+        present = {n: memory.now(n, node) for n in node.all_input_nodes}
         schema = getattr(node.target, "_schema", None)
         if node.op != "call_function" or schema is None or not schema.is_mutable:
+            memory.add(node, present)
+            _replace_inputs(node, present)
             continue
-        namespace, name = schema.name.split("::")
-        packet = getattr(getattr(torch.ops, namespace), name.rstrip("_"), None)
-        overload = getattr(packet, schema.overload_name or "default", None) if name.endswith("_") and packet is not None else None
-        if overload is None:
-            raise ModelError(f"{schema.name} changes a tensor in place and has no functional form{_where(node)}")
-        mutated = node.args[0]
-        _check_aliases(node, mutated, order)
-        node.target = overload
-        for user in list(mutated.users):
-            if user is not node and order.get(user, -1) > order[node]:
-                user.replace_input_with(mutated, node)
-    graph.lint()
-    return graph
-
-
-def _check_aliases(node: fx.Node, mutated: fx.Node, order: dict[fx.Node, int]) -> None:
-    """Refuses if anything else that shares the mutated tensor's memory is read after the mutation."""
-    base = mutated
-    while _is_alias(base) and isinstance(base.args[0], fx.Node):
-        base = base.args[0]
-    if base.op == "placeholder":
-        raise ModelError(f"an input or parameter ({base.name}) is changed in place{_where(node)}; use the operator without the underscore")
-    family = [base]
-    for member in family:
-        family.extend(u for u in member.users if _is_alias(u) and u not in family and order.get(u, -1) < order[node])
-    for member in family:
-        if member is mutated:
-            continue
-        if any(order.get(user, -1) > order[node] for user in member.users):
+        target, name = _changed(node), name_of(node)
+        base = memory.base(target)
+        if base.op == "placeholder" and base.name not in buffers and name != "detach_":
             raise ModelError(
-                f"a tensor that shares memory with {member.name} is changed in place and read later{_where(node)}; use the operator without the underscore"
+                f"an input or parameter ({base.name}) is changed in place{where(node)}; use the operator without the underscore"
             )
+        if base.op == "placeholder" and name != "detach_":
+            changed[base.name] = None
+        _replace_inputs(node, present)
+        if name == "detach_" and base.op == "placeholder":  # a constant: there is nothing to detach
+            memory.add_same(node, target, present[target])
+            dead.append(node)
+            continue
+        value = _functional(graph, node, present[target], target.meta["val"])
+        if name in _RESHAPING:
+            if not memory.is_alone(target):
+                raise ModelError(
+                    f"a tensor that has views gets another shape in place{where(node)}; use the operator without the underscore"
+                )
+            memory.rename(target, value)
+        else:
+            memory.change(target, value, node)
+        memory.add_same(node, target, value)
+        dead.append(node)
+    for node in reversed(dead):
+        schema = getattr(node.target, "_schema", None)
+        if not node.users and schema is not None and schema.is_mutable:
+            graph.erase_node(node)
+    graph.lint()
+    return list(changed), memory.again
 
 
-def _is_alias(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    name = schema.name.split("::")[-1] if schema else getattr(node.target, "__name__", "")
-    return node.op == "call_function" and name in ALIASES
+def _replace_inputs(node: fx.Node, present: Mapping[fx.Node, fx.Node]) -> None:
+    node.args = fx.map_arg(node.args, lambda n: present[n])
+    node.kwargs = fx.map_arg(node.kwargs, lambda n: present[n])
 
 
-def _where(node: fx.Node) -> str:
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
-    return f" (at {lines[-2]}: {lines[-1]})" if len(lines) >= 2 else ""
+def _changed(node: fx.Node) -> fx.Node:
+    """The one tensor that an operator changes."""
+    schema: Any = node.target._schema  # type: ignore[union-attr]
+    written = []
+    for position, declared in enumerate(schema.arguments):
+        if declared.alias_info is not None and declared.alias_info.is_write:
+            written.append(node.kwargs.get(declared.name, argument(node, position)))
+    if len(written) != 1 or not isinstance(written[0], fx.Node):
+        raise ModelError(f"{schema.name} changes several tensors in place and has no functional form{where(node)}")
+    return written[0]
+
+
+def _functional(graph: fx.Graph, node: fx.Node, old: fx.Node, like: Tensor) -> fx.Node:
+    """The node that holds what the changed tensor, ``old`` before, holds afterwards; it keeps its type and shape."""
+    name, spot = name_of(node), Spot(graph, node, node)
+    if name == "zero_":
+        return spot.emit(aten.zeros_like.default, old)
+    if name == "fill_" and not isinstance(node.args[1], fx.Node):
+        return spot.emit(aten.full_like.default, old, node.args[1])
+    if name in ("copy_", "fill_"):
+        return spread(spot, arguments(node)[1], old)
+    overload = functional_overload(node.target)
+    if overload is None:
+        schema: Any = node.target._schema  # type: ignore[union-attr]
+        raise ModelError(f"{schema.name} changes a tensor in place and has no functional form{where(node)}")
+    node.target = overload
+    node.kwargs = {k: v for k, v in node.kwargs.items() if k != "out"}
+    result = example_value(node)
+    if result.dtype == like.dtype:
+        return node
+    node.meta["val"] = result
+    return Spot(graph, node.next, node).emit(aten.to.dtype, node, like.dtype)
+
+
+def functional_overload(target: Any) -> Any:
+    """The overload without side effects that computes what an in-place or ``out=`` overload writes; None if there is none."""
+    schema = target._schema
+    namespace, name = schema.name.split("::")
+    base = name.removesuffix("_")
+    wanted = [str(a.type) for a in schema.arguments if not a.is_out]
+    for candidate in (base, _OTHER_NAMES.get(base, base)):
+        packet = getattr(getattr(torch.ops, namespace), candidate, None)
+        if packet is None:
+            continue
+        overloads = sorted(packet.overloads(), key=lambda o: o != (schema.overload_name or "default"))
+        for found in (getattr(packet, o) for o in overloads):
+            if not found._schema.is_mutable and [str(a.type) for a in found._schema.arguments] == wanted:
+                return found
+    return None

@@ -53,6 +53,8 @@ class Program:
         origins: operation node name -> `Origin`.
         sources: (node name, flattened argument position) -> the attribute that gave this integer, where it is known.
         remarks: what lies outside the program (hooks, static batch...), one sentence each.
+        training: True if training mode was captured.
+        plan_fingerprint: of the evaluation program whose plans a training program accepts; "" for its own.
     """
 
     graph: fx.Graph
@@ -68,6 +70,8 @@ class Program:
     origins: Mapping[str, Origin]
     sources: Mapping[tuple[str, int], Source] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
+    training: bool = False
+    plan_fingerprint: str = ""
 
     @property
     def batch(self) -> int:
@@ -76,7 +80,12 @@ class Program:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of structure: names, shapes and types of tensors, and every operation with its arguments. Weights do not enter."""
+        """Hash of structure: names, shapes and types of tensors, and every operation with its arguments. Weights do not enter.
+
+        A training program answers with the fingerprint of its evaluation program: plans belong to both.
+        """
+        if self.plan_fingerprint:
+            return self.plan_fingerprint
         digest = hashlib.sha256()
         for name, tensor in sorted(self.tensors.items()):
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype};".encode())

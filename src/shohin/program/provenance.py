@@ -165,6 +165,8 @@ class Recorder(TorchFunctionMode):
         flat = flatten(args) if mode is not None else []
         if mode is None or not any(type(v) is Tagged for v in (*flat, *flatten(tuple(kwargs.values())))):
             return func(*args, **kwargs)
+        if str(getattr(func, "__name__", "")).startswith("sym_"):  # arithmetic on symbolic sizes, which know plain ints only
+            return func(*(int(a) if type(a) is Tagged else a for a in args), **kwargs)
         nodes = mode.tracer.graph.nodes
         before = len(nodes)
         result = func(*args, **kwargs)
@@ -177,26 +179,28 @@ class Recorder(TorchFunctionMode):
         return result
 
 
-def locate(calls: list[Any], graph: torch.fx.Graph) -> dict[tuple[str, int], Source]:
+def locate(calls: list[Any], nodes: Mapping[str, torch.fx.Node]) -> dict[tuple[str, int], Source]:
     """(node name, flattened argument position) -> source, for every tagged int that reached an operation in place.
 
     Arguments are aligned by position and, for keywords, by the operator's schema. A call that creates several operations
     is aligned with each of them that has as many leading arguments.
+
+    Args:
+        nodes: name while tracing -> node; results have the node's own name.
     """
-    by_name = {n.name: n for n in graph.nodes}
     found: dict[tuple[str, int], Source] = {}
     for created, flat, kwargs in calls:
         for name, target in created:
-            node = by_name.get(name)
+            node = nodes.get(name)
             if node is None or node.op != "call_function" or str(node.target) != target or not hasattr(node.target, "_schema"):
                 continue
             arguments = flatten(node.args)
             for position, value in enumerate(flat[: len(arguments)]):
                 if type(value) is Tagged and type(arguments[position]) in (int, Tagged) and int(arguments[position]) == int(value):
-                    found[name, position] = value.source
+                    found[node.name, position] = value.source
             for position, key in _positions(node, kwargs):
                 if type(kwargs[key]) is Tagged and position < len(arguments):
-                    found[name, position] = kwargs[key].source
+                    found[node.name, position] = kwargs[key].source
     return found
 
 

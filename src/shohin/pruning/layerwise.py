@@ -109,7 +109,7 @@ def _teacher_rows(graph: Graph, plan: Plan, layers: set[str], joined: tuple[Any,
         labels = graph.labels.get(node.name)
         if node.name in layers and isinstance(labels, Labels):
             axis = 1 if family(node) in CONVOLUTIONS else value.dim() - 1
-            kept = (kept_indices(labels.data, gone) or {}).get(axis)
+            kept = (kept_indices(labels.planes, gone) or {}).get(axis)
             outputs = value.movedim(axis, -1)
             flat = outputs.reshape(-1, outputs.shape[-1])
             chosen = _chosen(len(flat), rows, node.name, seed)

@@ -109,9 +109,8 @@ def _owner(labels: Labels, units: Sequence[np.ndarray], count: int) -> tuple[int
     table = np.full(count, -1)
     for i, classes in enumerate(units):
         table[classes] = i
-    owner = table[labels.data]
     for axis in labels.varying:
-        line = np.moveaxis(owner, axis, 0).reshape(labels.shape[axis], -1)
+        line = np.moveaxis(table[labels.plane(axis)], axis, 0).reshape(labels.shape[axis], -1)
         if (line == line[:, :1]).all() and (line[:, 0] >= 0).any():
             return axis, torch.from_numpy(line[:, 0].copy())
     return None

@@ -2,7 +2,8 @@
 
 from shohin.surgery.cut import Cut, Skip, cut, cut_sharing_values
 from shohin.surgery.proof import Proof, prove
-from shohin.surgery.rewrite import CannotRewrite, Rewritten, rewrite
+from shohin.surgery.rewrite import rewrite
+from shohin.surgery.rewritten import CannotRewrite, Rewritten
 from shohin.surgery.view import confirm, understand, view, view_of
 
 __all__ = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import traceback
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from shohin.program import Program
+from shohin.surgery.precision import double_precision, widen
 
 #: largest relative error of a proof (DESIGN section 2)
 TOLERANCE = 1e-10
+#: a gradient is compared at no finer scale than this share of the largest one: some are zero but for rounding (a key's bias)
+FLOOR = 1e-4
 
 
 @dataclass(frozen=True)
@@ -42,15 +46,25 @@ def prove(program: Program, module: nn.Module, view: nn.Module, *, tolerance: fl
     fixed = any("batch" in remark for remark in program.remarks)
     worst, where = 0.0, ""
     try:
-        a, b = (copy.deepcopy(m).double().eval() for m in (module, view))
+        a, b = (widen(copy.deepcopy(m)).eval() for m in (module, view))
         for batch in (program.batch,) if fixed else (2, 3):
             inputs = [random_input(x, batch, generator) for x in program.example]
-            error, place = _compare(program, a, b, inputs, generator)
+            with double_precision():
+                error, place = _compare(program, a, b, inputs, generator)
             if not error <= worst:
                 worst, where = error, f"{place} at batch {batch}"
     except Exception as error:  # whatever the user's forward raises is a reason, not a crash
-        return Proof(False, float("inf"), f"the module fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        text = str(error).splitlines()[0] if str(error) else ""
+        return Proof(False, float("inf"), f"the module fails: {type(error).__name__}: {text}{user_line(error)}")
     return Proof(worst <= tolerance, worst, where)
+
+
+def user_line(error: BaseException) -> str:
+    """Where an exception was raised, in the innermost line that is neither torch's nor Shohin's; "" if there is none."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if "/torch/" not in frame.filename and "/shohin/" not in frame.filename and not frame.filename.startswith("<"):
+            return f" at {frame.filename.rsplit('/', 1)[-1]}:{frame.lineno} in {frame.name}: {frame.line}"
+    return ""
 
 
 def random_input(x: Any, batch: int, generator: torch.Generator) -> Any:
@@ -92,11 +106,14 @@ def _compare(program: Program, a: nn.Module, b: nn.Module, inputs: list[Any], ge
     missing = {k for k in set(first) ^ set(second) if float({**first, **second}[k].abs().sum()) != 0.0}
     if missing:
         return float("inf"), f"{sorted(missing)[0]} exists on one side only"
+    largest = max((float(t.abs().max()) for k, t in second.items() if k.startswith("gradient") and t.numel()), default=0.0)
     for key in sorted(set(first) & set(second)):
         if first[key].shape != second[key].shape:
             return float("inf"), f"{key} has shape {tuple(first[key].shape)}, expected {tuple(second[key].shape)}"
-        scale = float(second[key].abs().max()) + 1e-30
-        error = float((first[key] - second[key]).abs().max()) / scale if first[key].numel() else 0.0
+        if not first[key].numel():
+            continue
+        scale = max(float(second[key].abs().max()), FLOOR * largest if key.startswith("gradient") else 0.0) + 1e-30
+        error = float((first[key] - second[key]).abs().max()) / scale
         if not error <= worst:
             worst, where = error, key
     return worst, where

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from shohin.graph import Frozen, Graph, understand_program, with_costs
 from shohin.plan import Plan
 from shohin.program import ProgramModule, capture
-from shohin.surgery.rewrite import CannotRewrite, Rewritten, rewrite
+from shohin.surgery.rewrite import attempt, rewrite
+from shohin.surgery.rewritten import Rewritten
 
 
 def understand(model: nn.Module, example: Any) -> Graph:
@@ -28,17 +29,21 @@ def understand(model: nn.Module, example: Any) -> Graph:
 def confirm(graph: Graph) -> Graph:
     """The graph without the groups that the program's integers cannot follow; these are frozen, with the reason.
 
-    Each group is tried: alternate units are removed and the program is rewritten.
+    Alternate units of all groups are removed at once and the program is rewritten; where an operation cannot follow, the
+    groups that reach it are tried one by one.
     """
+    fingerprint = graph.program.fingerprint
+    tried = {g.name: tuple(range(0, g.size, 2)) for g in graph.groups}
+    failed = attempt(graph, Plan(fingerprint, tried))[1]
+    if not failed:
+        return graph
     groups, frozen = [], list(graph.frozen)
     for group in graph.groups:
-        try:
-            rewrite(graph, Plan(graph.program.fingerprint, {group.name: tuple(range(0, group.size, 2))}))
+        alone = attempt(graph, Plan(fingerprint, {group.name: tried[group.name]}))[1]
+        if alone:
+            frozen.append(Frozen(group.name, str(next(iter(alone.values())))))
+        else:
             groups.append(group)
-        except CannotRewrite as error:
-            frozen.append(Frozen(group.name, str(error)))
-    if len(groups) == len(graph.groups):
-        return graph
     return with_costs(replace(graph, groups=tuple(groups), frozen=tuple(frozen)))
 
 

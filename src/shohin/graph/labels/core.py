@@ -1,4 +1,4 @@
-"""Labels: an integer for each prunable element of a tensor, compressed along the axes on which it does not vary.
+"""Labels: integers for the prunable elements of a tensor, compressed along the axes on which they do not vary.
 
 Label 0 is the frozen class: what carries it can never be removed. Equal classes are kept in a union-find; a *link* says
 that one label is removed exactly when all of a set of others are (a head's score goes when all dims of its query go).
@@ -20,80 +20,103 @@ Array = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """Labels of one tensor.
+    """Labels of one tensor, as independent planes: an element is removed if its label in any plane is.
 
     Args:
-        data: int64; size 1 along each axis on which labels do not vary, else the full size.
+        planes: int64 arrays of the tensor's rank; size 1 along each axis on which the plane's labels do not vary, else the
+            full size. No two planes vary on one axis, and none is constant.
         shape: the tensor's full shape.
     """
 
-    data: Array
+    planes: tuple[Array, ...]
     shape: tuple[int, ...]
 
     @property
     def varying(self) -> tuple[int, ...]:
         """The axes on which labels vary."""
-        return tuple(d for d, n in enumerate(self.data.shape) if n > 1)
+        return tuple(sorted(d for plane in self.planes for d in axes_of(plane)))
 
     @property
     def rigid(self) -> bool:
         """True if nothing in the tensor can be removed."""
-        return not self.data.any()
+        return not self.planes
+
+    def plane(self, axis: int) -> Array:
+        """The plane that varies on an axis, or one of zeros."""
+        for plane in self.planes:
+            if plane.shape[axis] > 1:
+                return plane
+        return np.zeros((1,) * len(self.shape), np.int64)
 
     def along(self, axis: int) -> Array:
-        """The label of each index of ``axis``, for a tensor whose labels vary on no other axis."""
-        out: Array = np.broadcast_to(self.data.reshape(-1), (self.shape[axis],)).copy()
+        """The label of each index of ``axis``; zeros if none varies. Raises ValueError if they vary on another axis with it."""
+        plane = self.plane(axis)
+        if plane.size not in (1, plane.shape[axis]):
+            raise ValueError("labels vary on several axes together")
+        out: Array = np.broadcast_to(plane.reshape(-1), (self.shape[axis],)).copy()
         return out
 
-    def full(self) -> torch.Tensor:
-        """An int64 tensor of the full shape, with stride 0 along the axes on which labels do not vary."""
-        return torch.from_numpy(np.ascontiguousarray(self.data)).expand(self.shape)
+
+def axes_of(plane: Array) -> tuple[int, ...]:
+    """The axes on which a plane's labels vary."""
+    return tuple(d for d, n in enumerate(plane.shape) if n > 1)
 
 
 def rigid(shape: Sequence[int]) -> Labels:
     """Labels of a tensor of which nothing can be removed."""
-    return Labels(np.zeros((1,) * len(shape), np.int64), tuple(shape))
+    return Labels((), tuple(shape))
 
 
-def along(axis: int, labels: Array, shape: Sequence[int]) -> Labels:
-    """Labels that vary along one axis only."""
-    view = [1] * len(shape)
+def line(axis: int, labels: Array, rank: int) -> Array:
+    """A plane that varies along one axis only."""
+    view = [1] * rank
     view[axis] = -1
-    return compress(labels.reshape(view), shape)
+    return labels.reshape(view)
 
 
-def compress(data: Array, shape: Sequence[int]) -> Labels:
-    """Labels from an array that broadcasts to ``shape``; axes of constant labels are reduced to size 1."""
+def expanded(plane: Array, shape: Sequence[int]) -> torch.Tensor:
+    """A plane as an int64 tensor of the full shape, with stride 0 along the axes on which it does not vary."""
+    return torch.from_numpy(np.ascontiguousarray(plane)).expand(tuple(shape))
+
+
+def compress(data: Array) -> Array:
+    """The plane with axes of constant labels reduced to size 1."""
     for axis in range(data.ndim):
         if data.shape[axis] > 1:
             first = data.take([0], axis)
             if (data == first).all():
                 data = first
-    return Labels(np.ascontiguousarray(data), tuple(shape))
+    return np.ascontiguousarray(data)
 
 
-def from_tensor(labels: torch.Tensor) -> Labels:
-    """Labels from a full tensor, whose axes of stride 0 are known to be constant without looking."""
-    shape = tuple(labels.shape)
+def from_tensor(labels: torch.Tensor) -> Array:
+    """A plane from a full tensor, whose axes of stride 0 are known to be constant without looking."""
     for axis, stride in enumerate(labels.stride()):
         if stride == 0 and labels.shape[axis] > 1:
             labels = labels.narrow(axis, 0, 1)
-    return compress(labels.numpy(), shape)
+    return compress(labels.numpy())
 
 
 class Classes:
-    """Union-find over labels, with links. Grows while the graph is walked; labels are never reused."""
+    """Union-find over labels, with links. Grows while the graph is walked; labels are never reused.
+
+    ``grids`` are matrices of labels that must stay rectangular though no tensor has their shape (two axes that became one);
+    ``whole`` are labels that all of some tensor carries.
+    """
 
     def __init__(self) -> None:
-        self._parent: Array = np.zeros(1, np.int64)
+        self._parent: Array = np.arange(1024, dtype=np.int64)
+        self.count = 1
         self.links: list[tuple[int, Array]] = []
+        self.grids: list[Array] = []
+        self.whole: set[int] = set()
 
     def fresh(self, count: int) -> Array:
         """``count`` new labels."""
-        start = len(self._parent)
-        new = np.arange(start, start + count, dtype=np.int64)
-        self._parent = np.concatenate([self._parent, new])
-        return new
+        start, self.count = self.count, self.count + count
+        if self.count > len(self._parent):
+            self._parent = np.concatenate([self._parent, np.arange(len(self._parent), 2 * self.count, dtype=np.int64)])
+        return np.arange(start, self.count, dtype=np.int64)
 
     def find(self, labels: Array) -> Array:
         """The representative of each label."""
@@ -106,11 +129,13 @@ class Classes:
 
     def unite(self, a: Array, b: Array) -> None:
         """Makes the labels at equal positions one class (arrays broadcast). The smallest label represents a class, so 0 absorbs."""
-        a, b = np.broadcast_arrays(self.find(a), self.find(b))
+        a, b = self.find(a), self.find(b)
+        if a.shape != b.shape:
+            a, b = np.broadcast_arrays(a, b)
         differ = a != b
         if not differ.any():
             return
-        pairs = np.unique(np.stack([a[differ], b[differ]]), axis=1)
+        pairs = np.stack([a[differ], b[differ]])
         nodes, index = np.unique(pairs, return_inverse=True)
         index = index.reshape(pairs.shape)
         _, component = connected_components(
@@ -132,6 +157,29 @@ class Classes:
                 self.unite(np.array([parent]), distinct)
             else:
                 self.links.append((parent, distinct))
+
+    def join(self, a: Array, b: Array, limit: int = 1 << 16) -> Array | None:
+        """One plane for two that vary on a common axis: an element goes if its label in either does.
+
+        Returns:
+            None if the labels of the two do not meet as a product (each of one with each of the other), or too many would.
+        """
+        if np.prod(np.maximum(a.shape, b.shape)) > limit:
+            return None
+        a, b = (np.asarray(x) for x in np.broadcast_arrays(self.find(a), self.find(b)))
+        rows, row = np.unique(a, return_inverse=True)
+        columns, column = np.unique(b, return_inverse=True)
+        grid = np.zeros((len(rows), len(columns)), np.int64)
+        row, column = row.reshape(-1), column.reshape(-1)
+        met = np.zeros(grid.shape, bool)
+        met[row, column] = True
+        if not met.all() or not rows[0] or not columns[0]:
+            return None
+        grid[:] = self.fresh(grid.size).reshape(grid.shape)
+        self.grids.append(grid)
+        self.link(rows, list(grid))
+        self.link(columns, list(grid.T))
+        return grid[row, column].reshape(a.shape)
 
     def settle(self) -> None:
         """Simplifies links whose children have become one class since, until nothing changes."""

@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import fx
 
-from shohin.graph.labels.context import Context, Parameter, rule
-from shohin.graph.labels.core import from_tensor
+from shohin.graph.labels.algebra import merge
+from shohin.graph.labels.context import Context
+from shohin.graph.labels.core import Labels, expanded, from_tensor
+from shohin.graph.labels.rules import rule
 from shohin.program import family
 
 UNARY = [
@@ -38,6 +40,10 @@ UNARY = [
     "rsqrt",
     "square",
     "abs",
+    "absolute",
+    "negative",
+    "special_expit",
+    "erfc",
     "neg",
     "reciprocal",
     "sin",
@@ -65,9 +71,45 @@ UNARY = [
     "ones_like",
     "full_like",
     "rrelu",
+    "expm1",
+    "log1p",
+    "log2",
+    "tan",
+    "atan",
+    "hardshrink",
+    "softshrink",
+    "tanhshrink",
+    "logit",
+    "trunc",
+    "frac",
+    "bitwise_not",
+    "real",
+    "imag",
+    "conj",
+    "angle",
+    "isinf",
+    "isfinite",
+    "positive",
+    "empty_like",
+    "rand_like",
+    "randn_like",
+    "bernoulli",
+    "resolve_conj",
 ]
 NARY = [
     "add",
+    "multiply",
+    "subtract",
+    "divide",
+    "greater",
+    "less",
+    "greater_equal",
+    "less_equal",
+    "not_equal",
+    "float_power",
+    "copysign",
+    "fmax",
+    "fmin",
     "sub",
     "rsub",
     "mul",
@@ -92,6 +134,14 @@ NARY = [
     "addcmul",
     "fmod",
     "remainder",
+    "floor_divide",
+    "xlogy",
+    "addcdiv",
+    "bitwise_xor",
+    "logical_xor",
+    "complex",
+    "polar",
+    "hypot",
     "true_divide",
     "atan2",
 ]
@@ -101,7 +151,7 @@ NARY = [
 def unary(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
     """One tensor in, one out, element by element; bounds may be tensors too."""
     if family(node).startswith("clamp"):
-        return context.merge(node, *args)
+        return merge(context, node, *args)
     return context.labels(args[0])
 
 
@@ -110,19 +160,21 @@ def nary(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
     """Several tensors that broadcast. PReLU's one weight for each channel lies along axis 1."""
     if family(node) == "prelu":
         x = context.labels(args[0])
-        weight = args[1]
-        if weight.shape[0] > 1:
-            if set(x.varying) - {1} or not isinstance(weight, Parameter):
-                return NotImplemented
-            context.axis(weight, 0, x.along(1))
+        if args[1].shape[0] > 1:
+            x = context.collapse(x, [d for d in range(len(x.shape)) if d != 1])
+            context.bind(args[1], 0, x.along(1) if 1 in x.varying else None)
         return context.labels(x)
-    return context.merge(node, *args)
+    return merge(context, node, *args)
 
 
 @rule("glu")
 def glu(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
     """The two halves of an axis meet: index i with index i + n."""
     x = context.labels(args[0])
-    axis = args[1] if len(args) > 1 else -1
-    a, b = x.full().chunk(2, axis)
-    return context.merge(node, from_tensor(a), from_tensor(b))
+    axis = (args[1] if len(args) > 1 else -1) % len(x.shape)
+    halves: list[list[Any]] = [[], []]
+    for plane in x.planes:
+        for half, part in zip(halves, expanded(plane, x.shape).chunk(2, axis), strict=True):
+            half.append(from_tensor(part))
+    shape = tuple(n // 2 if d == axis else n for d, n in enumerate(x.shape))
+    return merge(context, node, *(Labels(tuple(half), shape) for half in halves))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
-from shohin.graph.labels.context import Context, Parameter, rule
-from shohin.graph.labels.core import Labels, from_tensor
-from shohin.program import concrete, family, shape_of
+from shohin.graph.labels.context import Context, Parameter
+from shohin.graph.labels.core import Array, Labels, axes_of, expanded, from_tensor
+from shohin.graph.labels.rules import rule
+from shohin.program import concrete, family
 from shohin.program.nodes import arguments, flatten, run
 
 MOVEMENT = [
@@ -45,6 +47,7 @@ MOVEMENT = [
     "channel_shuffle",
     "tile",
     "view_as",
+    "reshape_as",
     "index_select",
     "index",
     "adjoint",
@@ -52,43 +55,79 @@ MOVEMENT = [
     "hstack",
     "vstack",
     "numpy_T",
+    "dstack",
+    "column_stack",
+    "fliplr",
+    "flipud",
+    "rot90",
+    "diagonal",
+    "unfold",
+    "select_scatter",
+    "slice_scatter",
+    "hsplit",
+    "vsplit",
+    "tensor_split",
+    "unsafe_split",
+    "unsafe_chunk",
+    "expand_copy",
+    "moveaxis",
+    "swapdims",
+    "squeeze_copy",
+    "contiguous",
+    "concatenate",
+    "broadcast_to",
+    "ravel",
+    "atleast_2d",
+    "atleast_3d",
 ]
-SPATIAL = [
-    "max_pool1d",
-    "max_pool2d",
-    "max_pool3d",
-    "avg_pool1d",
-    "avg_pool2d",
-    "avg_pool3d",
-    "adaptive_avg_pool1d",
-    "adaptive_avg_pool2d",
-    "adaptive_avg_pool3d",
-    "adaptive_max_pool1d",
-    "adaptive_max_pool2d",
-    "upsample_nearest1d",
-    "upsample_nearest2d",
-    "upsample_bilinear2d",
-    "upsample_bicubic2d",
-    "constant_pad_nd",
-    "pad",
-    "reflection_pad1d",
-    "reflection_pad2d",
-    "replication_pad1d",
-    "replication_pad2d",
-    "max_pool2d_with_indices",
-]
+#: how many of the first arguments are moved, where it is not one
+MOVED = {"select_scatter": 2, "slice_scatter": 2}
 #: movements that take an index tensor
 INDEXING = frozenset(["index", "index_select", "repeat_interleave"])
 
 
 @rule(*MOVEMENT)
 def movement(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
-    """Runs the operator on labels. Index tensors keep their values where these are known."""
+    """Runs the operator on labels, plane by plane. Index tensors keep their values where these are known."""
     if family(node) in INDEXING and not _can_index(context, node, args):
         return NotImplemented
-    moved = [_moved(context, a, i) for i, a in enumerate(args)]
-    result = move(node, moved)
-    return from_tensor(result) if isinstance(result, torch.Tensor) else [from_tensor(r) for r in result]
+    if family(node) in INDEXING and isinstance(args[0], Parameter):  # a table: its rows are chosen by number
+        rows = range(len(args[1])) if family(node) == "index" else [args[1] % len(args[0].shape)] if len(args) > 2 else []
+        context.fixed(args[0], [d for d in rows if d not in args[0].bound and not (family(node) == "index" and args[1][d] is None)])
+    moved = [v for v in flatten(args[: MOVED.get(family(node), 1)]) if isinstance(v, (Labels, Parameter, torch.Tensor))]
+    sources = {id(v): context.labels(v) for v in moved}
+    shapes = [tuple(concrete(s) for s in t.shape) for t in flatten(node.meta["val"])]
+    results: list[list[Array]] = [[] for _ in shapes]
+    for planes in _layers(context, sources):
+        tensors = {key: expanded(plane, sources[key].shape) for key, plane in planes.items()}
+        values = flatten(move(node, [_moved(context, a, tensors) for a in args]))
+        for found, value in zip(results, values, strict=True):
+            found.append(from_tensor(value))
+    out = [context.tidy(found, shape) for found, shape in zip(results, shapes, strict=True)]
+    return out[0] if isinstance(node.meta["val"], torch.Tensor) else out
+
+
+def _layers(context: Context, sources: dict[int, Labels]) -> list[dict[int, Array]]:
+    """Planes that move together: those of one tensor one by one; of several tensors those that share axes."""
+    components: list[set[int]] = []
+    for labels in sources.values():
+        for plane in labels.planes:
+            axes = set(axes_of(plane))
+            components = [s for s in components if not s & axes] + [axes.union(*(s for s in components if s & axes))]
+    layers = []
+    for axes in sorted(components, key=min):
+        layer = {}
+        for key, labels in sources.items():
+            mine = [p for p in labels.planes if set(axes_of(p)) & axes]
+            plane = mine[0] if mine else np.zeros((1,) * len(labels.shape), np.int64)
+            for other in mine[1:]:
+                joined = context.classes.join(plane, other)
+                if joined is None:
+                    raise ValueError("two choices on axes that are joined")
+                plane = joined
+            layer[key] = plane
+        layers.append(layer)
+    return layers
 
 
 def move(node: fx.Node, args: list[Any]) -> Any:
@@ -98,13 +137,13 @@ def move(node: fx.Node, args: list[Any]) -> Any:
     return run(node, args, node.kwargs)
 
 
-def _moved(context: Context, value: Any, position: int) -> Any:
-    """An argument as the operator needs it: labels for what is moved (the first argument), values for a known index."""
+def _moved(context: Context, value: Any, tensors: dict[int, torch.Tensor]) -> Any:
+    """An argument as the operator needs it: labels for what is moved, zeros for an index that is not known."""
     if isinstance(value, (tuple, list)):
-        return [_moved(context, v, position) for v in value]
-    if isinstance(value, (Labels, Parameter)) or (isinstance(value, torch.Tensor) and not position):
-        return context.labels(value).full()
-    return value
+        return [_moved(context, v, tensors) for v in value]
+    if id(value) in tensors:
+        return tensors[id(value)]
+    return torch.zeros(value.shape, dtype=torch.int64) if isinstance(value, (Labels, Parameter)) else value
 
 
 def _can_index(context: Context, node: fx.Node, args: tuple[Any, ...]) -> bool:
@@ -121,64 +160,3 @@ def _can_index(context: Context, node: fx.Node, args: tuple[Any, ...]) -> bool:
     else:
         places = [args[1] % len(args[0].shape)]
     return not set(places) & set(context.labels(args[0]).varying)
-
-
-@rule(*SPATIAL)
-def spatial(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
-    """Operators that touch only the last one to three axes: labels may vary on the others, and stay."""
-    x = context.labels(args[0])
-    val = node.meta["val"]
-    shape = tuple(concrete(s) for s in (val if isinstance(val, torch.Tensor) else val[0]).shape)
-    name, rank = family(node), len(shape)
-    if "pad" in name:
-        touched = {rank - 1 - i // 2 for i, n in enumerate(args[1]) if not isinstance(n, int) or n}
-    else:
-        touched = set(range(rank - next(int(c) for c in name if c.isdigit()), rank))
-    if 1 in x.varying and 1 not in touched:
-        x = context.collapse(x, touched)
-    if set(x.varying) & (touched | {d for d, (a, b) in enumerate(zip(x.shape, shape, strict=True)) if a != b}):
-        return NotImplemented
-    result = Labels(x.data, shape)
-    return result if isinstance(val, torch.Tensor) else [result, result]
-
-
-#: reductions -> position of the reduced axes among the arguments
-REDUCTIONS = {
-    "mean": 1,
-    "sum": 1,
-    "amax": 1,
-    "amin": 1,
-    "std": 1,
-    "var": 1,
-    "logsumexp": 1,
-    "prod": 1,
-    "any": 1,
-    "all": 1,
-    "argmax": 1,
-    "argmin": 1,
-    "linalg_vector_norm": 2,
-}
-
-
-@rule(*REDUCTIONS)
-def reduction(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
-    """Reduction over axes on which labels do not vary; over a prunable axis the divisor would change: frozen."""
-    x = context.labels(args[0])
-    place = REDUCTIONS[family(node)]
-    dims = args[place] if len(args) > place else None
-    whole = dims is None or isinstance(dims, bool) or dims == []
-    listed = [dims] if isinstance(dims, int) else list(dims or ())
-    reduced = set(range(len(x.shape))) if whole else {d % len(x.shape) for d in listed}
-    if set(x.varying) & reduced:
-        return NotImplemented
-    shape = shape_of(node)
-    keep = len(shape) == len(x.shape)
-    data = x.data if keep else x.data.reshape([n for d, n in enumerate(x.data.shape) if d not in reduced])
-    return Labels(data, shape)
-
-
-@rule("softmax", "log_softmax", "cumsum", "cumprod", "_softmax", "_log_softmax")
-def along_axis(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
-    """Mixes along one axis, which must not be prunable."""
-    x = context.labels(args[0])
-    return NotImplemented if (args[1] % len(x.shape)) in x.varying else x

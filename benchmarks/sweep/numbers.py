@@ -1,0 +1,76 @@
+"""Comparing two models exactly: outputs and gradients in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+
+class Exact(TorchFunctionMode):
+    """Inside, models that cast to float32 on the way (norms, softmax) stay in float64: rounding does not hide or fake differences."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.float:
+            func = Tensor.double
+        args, kwargs = pytree.tree_map_only(torch.dtype, _wide, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float32 else dtype
+
+
+def doubled(arguments: Any) -> Any:
+    """Floating tensors in float64."""
+    return pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, arguments)
+
+
+def single(arguments: Any) -> Any:
+    """Floating tensors in float32."""
+    return pytree.tree_map_only(Tensor, lambda t: t.float() if t.is_floating_point() else t, arguments)
+
+
+def outputs_of(value: Any) -> list[Tensor]:
+    """All floating tensors of an output, in order."""
+    if isinstance(value, Mapping):
+        value = dict(value)  # what a file returns is a mapping that torch does not look into
+    return [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def run(model: nn.Module, arguments: Any) -> tuple[list[Tensor], dict[str, Tensor | None], list[Tensor]]:
+    """(outputs, gradients of parameters by name, gradients of inputs) for a fixed combination of the outputs."""
+    flat, spec = pytree.tree_flatten(arguments)
+    flat = [t.clone().requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t for t in flat]
+    args, kwargs = pytree.tree_unflatten(flat, spec)
+    outputs = outputs_of(model(*args, **kwargs))
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in outputs]
+    loss = sum((t * w).sum() for t, w in zip(outputs, weights, strict=True) if t.requires_grad)
+    names: dict[str, nn.Parameter] = {n: p for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    distinct = list({id(p): p for p in names.values()}.values())
+    inputs = [t for t in flat if isinstance(t, Tensor) and t.requires_grad]
+    found = torch.autograd.grad(loss, [*distinct, *inputs], allow_unused=True)
+    by_id = {id(p): g for p, g in zip(distinct, found, strict=False)}
+    return [t.detach() for t in outputs], {n: by_id[id(p)] for n, p in names.items()}, [g for g in found[len(distinct) :] if g is not None]
+
+
+def difference(got: list[Tensor], wanted: list[Tensor], what: str) -> tuple[float, str]:
+    """The largest difference relative to each tensor's largest value, and where; infinite if shapes differ or nothing is finite."""
+    if len(got) != len(wanted):
+        return float("inf"), f"{len(got)} {what}s instead of {len(wanted)}"
+    worst, where = 0.0, ""
+    floor = 1e-6 * max((float(b.abs()[b.isfinite()].max()) for b in wanted if b.isfinite().any()), default=0.0) + 1e-30
+    for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
+        if a.shape != b.shape:
+            return float("inf"), f"{what} {i} has shape {tuple(a.shape)} instead of {tuple(b.shape)}"
+        same = a == b  # also masked scores of -inf
+        scale = max(float(b.abs()[b.isfinite()].max()) if b.isfinite().any() else 0.0, floor)
+        error = float(torch.where(same, 0.0, (a - b).abs()).max()) / scale if a.numel() else 0.0
+        if not error <= worst:
+            worst, where = error, f"{what} {i}"
+    return worst, where

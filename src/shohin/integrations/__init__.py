@@ -1,0 +1,1 @@
+"""Edges to other libraries: thin, and imported only when used."""

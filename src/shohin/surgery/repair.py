@@ -1,0 +1,93 @@
+"""A copy of the user's own class with the tensors and integers that a plan leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from shohin.graph import Graph
+from shohin.plan import Plan
+from shohin.program import Program, structural_copy
+from shohin.surgery import attentions
+from shohin.surgery.describe import describe
+from shohin.surgery.rewritten import Rewritten
+from shohin.surgery.sources import assign, wanted, where
+
+
+class Skip(nn.Module):
+    """Stands where a skipped module stood: returns its first argument."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The input, unchanged."""
+        return x
+
+
+def repairs(model: nn.Module, graph: Graph, plan: Plan, rewritten: Rewritten) -> Iterator[nn.Module | str]:
+    """Copies with sliced tensors, repaired integers, skipped modules and attention modules that hold their sizes.
+
+    A copy has its own tensors (of the kept parts only); ties, shared modules, hooks, ``requires_grad`` and modes are the
+    original's. It is not yet proved: where the program leaves more than one way, each is tried in turn. A string says why
+    there is none.
+    """
+    program = graph.program
+    found = attentions.attentions(model, rewritten)
+    if isinstance(found, str):
+        yield found
+        return
+    apart = attentions.inside(program, found)
+    for name in rewritten.mended:
+        if name not in apart:
+            yield f"{where(program, name)} needs more than another integer"
+            return
+    for name in plan.skips:
+        if graph.region(name).module is None:
+            yield f"the skipped region {name} is part of a forward, not a module of its own"
+            return
+    solutions = wanted(program, rewritten, apart)
+    if isinstance(solutions, str):
+        yield solutions
+        return
+    for values in solutions:
+        copy = structural_copy(model, own_tensors(model, program, rewritten))
+        failed = assign(copy, values)
+        if failed:
+            yield failed
+            continue
+        attentions.apply(copy, found)
+        copy = attentions.swapped_root(copy, found)
+        for name in plan.skips:
+            path = graph.region(name).module or ""
+            parent, _, leaf = path.rpartition(".")
+            copy.get_submodule(parent)._modules[leaf] = Skip()
+        describe(copy)
+        yield copy
+
+
+def own_tensors(model: nn.Module, program: Program, rewritten: Rewritten) -> dict[int, Tensor]:
+    """id of each tensor that the model holds -> the copy's own: the kept part, with its gradient flag.
+
+    Plain tensor attributes that the program reads are among them.
+    """
+    replace: dict[int, Tensor] = {}
+    for name in rewritten.kept:
+        tensor = _attribute(model, name)
+        tensor = program.tensors[name] if tensor is None else tensor
+        if id(tensor) not in replace:
+            replace[id(tensor)] = _like(tensor, rewritten.own(name))
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) not in replace:
+            replace[id(tensor)] = _like(tensor, tensor.detach().clone())
+    return replace
+
+
+def _attribute(model: nn.Module, name: str) -> Tensor | None:
+    owner: Any = model
+    for part in name.split("."):
+        owner = getattr(owner, part, None)
+    return owner if isinstance(owner, Tensor) else None
+
+
+def _like(tensor: Tensor, own: Tensor) -> Tensor:
+    return nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own
