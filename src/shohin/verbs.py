@@ -390,7 +390,8 @@ class Profile:
         repeatability: of the timings.
         graph: groups, regions, frozen.
         environment: CPU, instruction sets, versions, threads.
-        memory: of the activations of one sample in float32, in program order.
+        memory: of the activations of one sample in float32, in program order, elementwise operations writing over their
+            arguments.
     """
 
     rows: list[dict[str, Any]]
@@ -432,7 +433,7 @@ def profile(model: nn.Module, data: Data, target: str | Target = "onnxruntime", 
     details = layer_details(graph)
     rows = [{**row, **details.get(row["address"], {})} for row in found["layers"]]
     error = found["leave_one_out"]["median"]
-    return Profile(rows, found["ms"][0], error, found["repeatability"], graph, found["environment"], memory(graph))
+    return Profile(rows, found["ms"][0], error, found["repeatability"], graph, found["environment"], memory(graph, reuse=True))
 
 
 def verify(path: str | Path) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def plans(graph: Graph, case: Case) -> list[Plan]:
     for _ in range(3):
         widths = {n: tuple(sorted(r.sample(range(s), r.randint(1, s)))) for n, s in graph.sizes.items()}
         out.append(Plan(graph.program.fingerprint, widths))
-    skips = tuple(region.name for region in graph.regions)
+    skips = tuple(region.name for region in graph.regions if region.residual)
     return [*out, Plan(graph.program.fingerprint, out[1].widths, skips)] if skips else out
 
 

@@ -196,7 +196,7 @@ def test_parts_of_a_recurrence_are_apart() -> None:
     assert memory(graph).peak_bytes == 4 * (15 + 6 + 36)  # input, initial state, sequence and last state
 
 
-PLANNED = ["resnet", "mobilenet", "unet", "densenet", "vit fused", "vit separate", "chunks", "windowed"]
+PLANNED = ["resnet", "mobilenet", "unet", "densenet", "vit fused", "vit separate", "chunks", "flatten"]
 
 
 @pytest.mark.parametrize("name", PLANNED)
@@ -204,7 +204,7 @@ def test_memory_through_a_plan_is_the_memory_of_what_it_leaves(name: str) -> Non
     _, graph = understood(name)
     r = random.Random(3)
     widths = {g.name: tuple(sorted(r.sample(range(g.size), r.randint(1, g.size)))) for g in graph.groups}
-    for skips in ((), tuple(region.name for region in graph.regions)):
+    for skips in ((), tuple(region.name for region in graph.regions if region.residual)):
         plan = Plan(graph.program.fingerprint, widths, skips)
         left = memory(graph, plan)
         assert left.peak_bytes == measured(view(graph, plan), CASES[name].call(1, 0).args)

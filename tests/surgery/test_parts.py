@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -310,3 +311,20 @@ def test_skipped_regions_of_parts() -> None:
         wanted.backbone.back.bias.zero_()
     x = torch.randn(3, 3, 8, 8).double()
     assert torch.allclose(result.model(x), wanted(x))
+
+
+@pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision is not installed")
+def test_a_detector_of_torchvision_is_cut_in_its_backbone() -> None:
+    """Its region pooling may have no kernel here: the parts before it were seen."""
+    from sweep.torchvision_schemas import torchvision_models
+
+    torch.manual_seed(0)
+    detection = torchvision_models().detection
+    model = detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None, min_size=64, max_size=64).eval()
+    parts = understand_parts(model, ([torch.rand(3, 64, 64)],))
+    assert {"backbone", "rpn.head"} <= set(parts.graphs)
+    assert any("ImageList" in f.reason for f in parts.frozen if f.address == "rpn")
+    assert len(parts.graphs["backbone"].groups) > 20
+    result = cut_parts(model, parts, parts.plans({g.name: range((g.size + 1) // 2) for g in parts.groups}))
+    assert result.proof.holds and type(result.model) is type(model)
+    assert sum(p.numel() for p in result.model.backbone.parameters()) < 0.6 * sum(p.numel() for p in model.backbone.parameters())

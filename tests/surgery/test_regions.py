@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from shohin.errors import PlanError
 from shohin.plan import Plan
 from shohin.surgery import cut, view
 from surgery_cases import CASES
@@ -52,8 +53,15 @@ def no_normalized_branch(model: nn.Module) -> None:
 
 #: model -> region -> what a person would do to skip it
 BY_HAND: dict[str, dict[str, Callable[[nn.Module], None]]] = {
-    "resnet": {"layers.0": identity("layers.0"), "layers.1": identity("layers.1"), "layers.3": identity("layers.3")},
-    "mobilenet": {"blocks.0": identity("blocks.0")},
+    "resnet": {
+        "layers.0": identity("layers.0"),
+        "layers.1": identity("layers.1"),
+        "layers.2.conv2": identity("layers.2.conv2"),
+        "layers.3": identity("layers.3"),
+    },
+    "mobilenet": {"blocks.0": identity("blocks.0"), "blocks.1.se": identity("blocks.1.se")},
+    "grouped": {"g": identity("g")},
+    "chunks": {"c": identity("c")},
     "vit fused": {"layers.0/add.0": nothing("layers.0.attn"), "layers.0/add.1": nothing("layers.0.fc2")},
     "vit sdpa": {"layers.0/add.0": nothing("layers.0.attn"), "layers.0/add.1": nothing("layers.0.fc2")},
     "convnext": {"/add.0": no_gamma},
@@ -97,10 +105,32 @@ def test_skips_equal_the_hand_made_model(name: str) -> None:
             close(answers(result.model, call), answers(wanted, call), ("cut", skips))
 
 
-@pytest.mark.parametrize("name", [n for n in BY_HAND if not n.startswith("vit") and n != "convnext"])
+CHAINS = {"grouped": "g", "chunks": "c", "resnet": "layers.2.conv2"}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_chain_is_skipped_only_where_both_ends_keep_the_same(name: str) -> None:
+    model, graph = understood(name)
+    region = graph.region(CHAINS[name])
+    assert not region.residual
+    widths = random_plan(CASES[name], graph, 3).widths
+    with pytest.raises(PlanError, match="keep the same"):
+        view(graph, Plan(graph.program.fingerprint, widths, (region.name,)))
+
+
+def test_a_chain_is_skipped_with_its_widths() -> None:
+    case, (model, graph) = CASES["grouped"], understood("grouped")
+    plan = Plan(graph.program.fingerprint, {"a.weight#2": (0, 3), "g.weight": (0, 3)}, ("g",))
+    wanted = hand_skipped("grouped", case.oracle(model, {**{n: tuple(range(s)) for n, s in case.sizes.items()}, **plan.widths}), ("g",))
+    call = case.call(2, 1)
+    close(answers(view(graph, plan), call), answers(wanted, call), "view")
+    close(answers(cut(model, graph, plan).model, call), answers(wanted, call), "cut")
+
+
+@pytest.mark.parametrize("name", [n for n in BY_HAND if not n.startswith("vit") and n not in ("convnext", "grouped", "chunks")])
 def test_skips_together_with_widths(name: str) -> None:
     case, (model, graph) = CASES[name], understood(name)
-    skips = tuple(sorted(BY_HAND[name]))
+    skips = tuple(sorted(r.name for r in graph.regions if r.residual))
     for seed in range(1, 4):
         plan = Plan(graph.program.fingerprint, random_plan(case, graph, seed).widths, skips)
         wanted = hand_skipped(name, case.oracle(model, plan.widths), skips)

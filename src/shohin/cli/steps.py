@@ -29,6 +29,9 @@ Layer = Annotated[
     list[str] | None, typer.Option("--layer", metavar="PATTERN=FORMAT", help="Format of some layers by address; may be repeated.")
 ]
 Losses = Annotated[str | None, typer.Option("--losses", metavar="NAME", help="kd, dkd, dist or mse; default kd.")]
+HtmlFile = Annotated[
+    Path | None, typer.Option("--html", metavar="FILE", help="Also draw the model, its groups coloured, as one HTML page.")
+]
 OutFile = Annotated[Path, typer.Option("--out", metavar="FILE", help="The file to write.")]
 
 
@@ -38,6 +41,7 @@ def profile(
     seed: options.Seed = 0,
     threads: options.Threads = 1,
     batch: options.Batch = 1,
+    html: HtmlFile = None,
     debug: options.Debug = False,
 ) -> None:
     """Show where MACs, bytes and measured milliseconds go, layer by layer; what can be chosen, and what is frozen and why."""
@@ -52,6 +56,13 @@ def profile(
         screen = console()
         for part in profile_parts(found):
             screen.print(part)
+        if html is not None:
+            from shohin.graph.html import to_html
+            from shohin.run import write_atomic
+
+            html.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(html, to_html(found.graph, task.stem).encode())
+            screen.print(f"written: {html}", soft_wrap=True)
 
 
 def prune(

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from shohin.graph.costs import Operator, Term
+from shohin.graph.costs import Operator
 from shohin.graph.operators import macs_of
-from shohin.graph.sizes import batched, shape_at_example
-from shohin.graph.units import UnitGroup
+from shohin.graph.sizes import batched, is_symbolic, shape_at_example
 from shohin.program import Program
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ def shape_text(program: Program, node: fx.Node, grows: bool) -> tuple[str, ...]:
         grows: whether the tensor grows with the batch.
     """
     shape = shape_at_example(program, node)
-    symbolic = [isinstance(s, torch.SymInt) for s in node.meta["val"].shape] if "val" in node.meta else []
+    symbolic = [is_symbolic(s) for s in node.meta["val"].shape] if "val" in node.meta else []
     if grows and not any(symbolic):  # the batch is a number in this program
         symbolic = [d == 0 and n % program.batch == 0 for d, n in enumerate(shape)]
     if not grows:
@@ -69,29 +68,13 @@ def group_rows(graph: Graph) -> list[dict[str, Any]]:
             "name": group.name,
             "units": group.size,
             "params": group.parameters,
-            "macs": macs_of_unit(graph, group),
-            "multiple": multiple_of(group),
+            "macs": group.macs,
+            "multiple": group.multiple if group.multiple > 1 else None,
             "normalized": group.normalized,
             "places": [f"{name}[{axis}]" for name, axes in group.slices.items() for axis in axes],
         }
         for group in graph.groups
     ]
-
-
-def macs_of_unit(graph: Graph, group: UnitGroup) -> float:
-    """MACs of one sample that go with one unit, with all other groups at full width."""
-    less = {**graph.sizes, group.name: group.size - 1}
-    return sum(t.at(graph.sizes) - t.at(less) for op in graph.costs for t in op.macs if _depends(t, group.name))
-
-
-def _depends(term: Term, name: str) -> bool:
-    return any(name in extent.per_unit for extent in term.extents)
-
-
-def multiple_of(group: UnitGroup) -> int | None:
-    """The number of which kept counts must be multiples, where the group says one."""
-    value = getattr(group, "multiple", None)
-    return int(value) if value is not None and int(value) > 1 else None
 
 
 def region_rows(graph: Graph) -> list[dict[str, Any]]:

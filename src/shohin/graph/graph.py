@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -124,11 +124,12 @@ def understand_program(program: Program) -> Graph:
     order = [n for n in program.names.values() if n in context.parameters]
     distinct = {n: planes[n] for n in dict.fromkeys(order) if context.parameters[n].name == n}
     sizes = {n: program.tensors[n].numel() for n in distinct if n in program.trainable}
-    groups = find_groups(distinct, structure, normalized, sizes, context.produced)
+    itemsize = {n: program.tensors[n].element_size() for n in sizes}
+    groups = find_groups(distinct, structure, normalized, sizes, itemsize, context.produced)
     count = context.classes.count
     single = {name: v for name, v in labels.items() if isinstance(v, Labels)}
     regions = find_regions(program, single)
-    frozen = tuple(dict.fromkeys(note for note, _ in context.frozen))
+    frozen = tuple(dict.fromkeys(context.frozen))
     return with_costs(Graph(program, labels, planes, count, tuple(groups), tuple(regions), frozen, constants=frozenset(constants)))
 
 
@@ -137,7 +138,19 @@ def with_costs(graph: Graph) -> Graph:
     extents = Extents(graph.groups, graph.label_count)
     labels = {name: value for name, value in graph.labels.items() if isinstance(value, Labels)}
     costs = operators(graph.program, labels, graph.planes, extents, graph.regions)
-    return replace(graph, costs=tuple(costs), edges=tuple(edges(graph.program, labels, extents, costs)))
+    macs = _macs_per_unit(costs, graph.sizes)
+    groups = tuple(replace(g, macs=macs[g.name]) for g in graph.groups)
+    return replace(graph, groups=groups, costs=tuple(costs), edges=tuple(edges(graph.program, labels, extents, costs)))
+
+
+def _macs_per_unit(costs: Sequence[Operator], sizes: Mapping[str, int]) -> dict[str, float]:
+    """Group -> multiply-accumulates that go with one of its units, all other groups whole."""
+    out = dict.fromkeys(sizes, 0.0)
+    for term in (t for op in costs for t in op.macs):
+        whole = term.at(sizes)
+        for name in {g for extent in term.extents for g in extent.per_unit}:
+            out[name] += whole - term.at({**sizes, name: sizes[name] - 1})
+    return out
 
 
 def _settle_planes(parameter: Parameter, find: Callable[[Array], Array]) -> list[Array]:

@@ -26,7 +26,8 @@ class Region:
         input, output: node names.
         nodes: names of the operations inside, the output included.
         module: path of the module whose call is exactly this region, or None.
-        residual: True if the input reaches the output past all contractions (a skip connection).
+        residual: True if the input reaches the output past all contractions (a skip connection). Else it is a chain, whose
+            input and output may have widths of their own: it can be skipped where both keep the same units.
     """
 
     name: str
@@ -38,14 +39,27 @@ class Region:
 
 
 def find_regions(program: Program, labels: Mapping[str, Labels]) -> list[Region]:
-    """The smallest residual regions, in program order. No node outside may read the inside, or feed it but for the input."""
+    """The smallest residual regions, and chains of equal shape outside them, in program order.
+
+    No node outside may read the inside, or feed it but for the input: removal leaves no dangling edge. What reads a chain's
+    output must not read its input too (an addition would count it twice).
+    """
+    modules = _module_regions(program, labels)
     found: list[Region] = []
-    for region in [*_module_regions(program, labels), *_addition_regions(program, labels)]:
+    for region in [*modules, *_addition_regions(program, labels)]:
         if region.residual and not any(_same_work(program, region.nodes, other.nodes) for other in found):
             found.append(region)
     smallest = [r for r in found if not any(o.nodes < r.nodes for o in found)]
+    chains = [r for r in modules if not r.residual and _single(program, r) and not any(r.nodes & o.nodes for o in smallest)]
+    smallest += [r for r in chains if not any(o.nodes < r.nodes for o in chains)]
     order = {n.name: i for i, n in enumerate(program.graph.nodes)}
     return sorted(smallest, key=lambda r: order[r.output])
+
+
+def _single(program: Program, region: Region) -> bool:
+    """True if nothing outside a region reads its input: then nothing can read input and output both."""
+    entry = next(n for n in program.graph.nodes if n.name == region.input)
+    return all(u.name in region.nodes or family_or_none(u) == "sym_size" for u in entry.users)
 
 
 def _module_regions(program: Program, labels: Mapping[str, Labels]) -> list[Region]:
@@ -111,9 +125,10 @@ def _region(program: Program, labels: Mapping[str, Labels], name: str, nodes: li
         return None
     entry, output = entries.pop(), exits.pop()
     a, b = labels.get(entry.name), labels.get(output.name)
-    if a is None or b is None or a.shape != b.shape or not _equal(a, b):
+    residual = _passes(entry, output, inside)
+    if a is None or b is None or a.shape != b.shape or (residual and not _equal(a, b)):
         return None
-    return Region(name, entry.name, output.name, frozenset(n.name for n in inside), module, _passes(entry, output, inside))
+    return Region(name, entry.name, output.name, frozenset(n.name for n in inside), module, residual)
 
 
 def _equal(a: Labels, b: Labels) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -108,4 +108,9 @@ def batched(program: Program) -> frozenset[str]:
 def _symbolic(node: fx.Node) -> bool:
     value = node.meta.get("val")
     tensors = value if isinstance(value, (tuple, list)) else [value]
-    return any(isinstance(s, torch.SymInt) for t in tensors if isinstance(t, torch.Tensor) for s in t.shape)
+    return any(is_symbolic(s) for t in tensors if isinstance(t, torch.Tensor) for s in t.shape)
+
+
+def is_symbolic(size: Any) -> bool:
+    """True for a size that depends on the batch; a symbol that the model's own code has fixed is a number."""
+    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None

@@ -26,6 +26,10 @@ class UnitGroup:
         slices: parameter name -> {axis: int64 array (units, indices per unit)}.
         normalized: True if a normalization computes statistics over the axis (removal changes the kept outputs).
         parameters: parameter elements that one unit removes, with all other groups at full width.
+        bytes: of these.
+        macs: multiply-accumulates of one sample that one unit removes, with all other groups at full width.
+        multiple: the number of units that stays must be divisible by it. Units are closed (a block of PixelShuffle, the same
+            position of every group), so this is 1 unless a rule asks for more.
     """
 
     name: str
@@ -33,6 +37,9 @@ class UnitGroup:
     slices: Mapping[str, Mapping[int, Array]]
     normalized: bool
     parameters: int
+    bytes: int = 0
+    macs: float = 0.0
+    multiple: int = 1
 
     @property
     def size(self) -> int:
@@ -230,6 +237,7 @@ def find_groups(
     structure: Structure,
     normalized: set[int],
     sizes: Mapping[str, int],
+    itemsize: Mapping[str, int],
     produced: set[tuple[str, int]],
 ) -> list[UnitGroup]:
     """All unit groups, in the order in which parameters produce them.
@@ -238,6 +246,7 @@ def find_groups(
         planes: parameter name -> settled label planes, in program order.
         normalized: labels over which a normalization computes statistics.
         sizes: elements of each parameter that is counted (buffers are not).
+        itemsize: bytes of one element.
         produced: (parameter, axis) of every axis that a weight produces; groups are named after these.
     """
     lines = _lines(planes)
@@ -263,14 +272,15 @@ def find_groups(
             continue
         base = next(iter(made), max(slices, key=lambda n: sizes.get(n, 0)))  # a computed weight: its largest part
         named[base] += not made
-        parameters = sum(_removed(planes[n], sizes[n], members[0]) for n in slices if n in sizes)
+        removed = {n: _removed(planes[n], sizes[n], members[0]) for n in slices if n in sizes}
         out.append(
             UnitGroup(
                 name=base if named[base] == 1 else f"{base}#{named[base]}",
                 units=tuple(np.array(sorted(u), np.int64) for u in members),
                 slices=slices,
                 normalized=bool(normalized & members[0]),
-                parameters=parameters,
+                parameters=sum(removed.values()),
+                bytes=sum(count * itemsize[n] for n, count in removed.items()),
             )
         )
     return out

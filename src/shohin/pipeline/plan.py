@@ -96,7 +96,7 @@ def _measure_tables(job: Job, saliency: Mapping[str, list[float]], tick: Tick) -
                 groups.append([name, count, job.divergence(view(graph, plan_of(graph, choice, dict(saliency))))])
             tick()
     if "skip" in job.methods:
-        for region in graph.regions:
+        for region in (r for r in graph.regions if r.residual):
             try:
                 loss = job.divergence(view(graph, plan_of(graph, Choice(graph.sizes, frozenset((region.name,))))))
             except ShohinError:

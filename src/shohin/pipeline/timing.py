@@ -69,7 +69,7 @@ def profile(job: Job, tick: Any) -> LatencyModel:
     features = Features(graph.costs, graph.edges)
     options = group_counts(graph, job.target.vector_width)
     kinds = worthwhile(job)
-    regions = [r.name for r in graph.regions] if "skip" in job.methods else []
+    regions = [r.name for r in graph.regions if r.residual] if "skip" in job.methods else []
     choices = []
     for number, precision in enumerate(kinds):  # one set for all seeds: it is cached
         count = TIMED if precision.name in MAIN else 4

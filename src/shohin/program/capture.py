@@ -7,8 +7,10 @@ in silence. The user's module is never touched: structural copies that share its
 from __future__ import annotations
 
 import inspect
+import io
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +21,18 @@ from torch.utils import _pytree as pytree
 from shohin.errors import ModelError
 from shohin.program.copies import structural_copy
 from shohin.program.functional import make_functional
-from shohin.program.inline import clean, flat_copy, renamed_sources
-from shohin.program.inputs import FIXED, at_least_two, batch_of, call_of, describe_call, dynamic_shapes, in_order, open_dataclasses
+from shohin.program.inline import clean, flat_copy, renamed_sources, without_unused
+from shohin.program.inputs import (
+    FIXED,
+    at_least_two,
+    batch_of,
+    call_of,
+    describe_call,
+    dynamic_shapes,
+    in_order,
+    name_keywords,
+    open_dataclasses,
+)
 from shohin.program.origins import family, hook_remarks, line_that_fixes, origins_of, static_inputs
 from shohin.program.program import Program
 from shohin.program.provenance import Recorder, locate, tag
@@ -96,9 +108,10 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], traini
 def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], remarks: list[str], training: bool) -> Program:
     shadow, recorder = structural_copy(model).train(training), Recorder()
     tag(shadow)
+    name_keywords(shadow, kwargs)
 
     def export() -> Any:
-        with warnings.catch_warnings(), torch.enable_grad():
+        with warnings.catch_warnings(), torch.enable_grad(), redirect_stderr(io.StringIO()):  # a failed export prints its whole graph
             warnings.simplefilter("ignore")
             return torch.export.export(shadow, args, kwargs, dynamic_shapes=dynamic_shapes(shadow, args, kwargs), strict=False)
 
@@ -116,8 +129,11 @@ def _check_weights(model: nn.Module) -> None:
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             continue
-        values = tensor.detach()
-        bad = int((~values.isfinite() if isinstance(tensor, nn.Parameter) else values.isnan()).sum())  # masks are infinite buffers
+        values, inside = tensor.detach(), isinstance(tensor, nn.Parameter)
+        total = values.sum()
+        if total.isfinite() or (not inside and not total.isnan()):
+            continue  # one pass is enough, nearly always: a sum keeps what is not finite
+        bad = int((~values.isfinite() if inside else values.isnan()).sum())  # masks are infinite buffers
         if bad:
             raise ModelError(f"the model's {name!r} holds {bad} NaN or infinite values of {tensor.numel()}; repair the weights first")
 
@@ -135,7 +151,7 @@ def _program(model: nn.Module, exported: Any, recorder: Recorder, inputs: Any, r
     trainable = frozenset(signature.inputs_to_parameters.values())
     parameters = {node for node, name in names.items() if name in trainable}
     changed, again = make_functional(clean(graph), set(names) - parameters)
-    origins = origins_of(clean(graph))
+    origins = origins_of(without_unused(graph))
     _check_sizes(graph, origins)
     remarks = [*remarks, *hook_remarks(model)]
     kept = _counters(model)

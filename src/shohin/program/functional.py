@@ -15,6 +15,14 @@ from shohin.errors import ModelError
 from shohin.program.memory import Memory, Spot, aten, example_value, name_of, spread, where
 from shohin.program.nodes import argument, arguments
 
+#: operators whose functional form answers with booleans, where the in-place one keeps its type
+_COMPARING = frozenset(
+    f"{n}_"
+    for n in (
+        *("eq", "ne", "lt", "le", "gt", "ge", "less", "less_equal", "greater", "greater_equal", "not_equal"),
+        *("logical_and", "logical_or", "logical_xor", "logical_not"),
+    )
+)
 #: functional operators that have another name
 _OTHER_NAMES = {"normal": "normal_functional"}
 #: in-place operators that change the shape of a tensor, not its contents
@@ -105,6 +113,9 @@ def _functional(graph: fx.Graph, node: fx.Node, old: fx.Node, like: Tensor) -> f
         raise ModelError(f"{schema.name} changes a tensor in place and has no functional form{where(node)}")
     node.target = overload
     node.kwargs = {k: v for k, v in node.kwargs.items() if k != "out"}
+    tensors = [n.meta["val"] for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+    if all(t.dtype == like.dtype for t in tensors) and name not in _COMPARING:
+        return node
     result = example_value(node)
     if result.dtype == like.dtype:
         return node

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
+from torch.fx.node import map_aggregate
 
 from shohin.errors import ModelError
 from shohin.program.memory import name_of, where
+from shohin.program.nodes import flatten
+from shohin.program.provenance import Tagged
 
 Renamed = dict[str, fx.Node]
 
@@ -80,7 +82,7 @@ def _scope(node: fx.Node, module: nn.Module) -> tuple[nn.Module, tuple[Any, ...]
             )
         return body, args[after:], True
     raise ModelError(
-        f"the control-flow operator {name} cannot be followed{where(node) or inner_line}; write it without, or with torch.where"
+        f"the control-flow operator {name} cannot be followed{where(node) or inner_line}; write it with torch.where, or without"
     )
 
 
@@ -95,8 +97,14 @@ def _detached(graph: fx.Graph, value: Any) -> Any:
 def clean(graph: fx.Graph) -> fx.Graph:
     """Plain ints for tagged ones; assertions and unused operations away, in place."""
     for node in graph.nodes:
-        node.args = pytree.tree_map_only(int, _plain, node.args)
-        node.kwargs = pytree.tree_map_only(int, _plain, node.kwargs)
+        if any(type(v) is Tagged for v in flatten([*node.args, *node.kwargs.values()])):
+            node.args = map_aggregate(node.args, _plain)
+            node.kwargs = map_aggregate(node.kwargs, _plain)
+    return without_unused(graph)
+
+
+def without_unused(graph: fx.Graph) -> fx.Graph:
+    """Assertions and operations that nobody reads away, in place."""
     for node in reversed(graph.nodes):
         name = str(node.target)
         if node.op == "call_function" and not node.users and ("_assert" in name or "sym_constrain" in name or not _impure(node)):
@@ -105,7 +113,7 @@ def clean(graph: fx.Graph) -> fx.Graph:
 
 
 def _plain(value: Any) -> Any:
-    return value if isinstance(value, bool) else int(value)
+    return int(value) if type(value) is Tagged else value
 
 
 def _impure(node: fx.Node) -> bool:

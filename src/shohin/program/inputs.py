@@ -53,6 +53,23 @@ def dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     return dict(inspect.signature(model.forward).bind_partial(*shapes[0], **shapes[1]).arguments)
 
 
+def name_keywords(copy: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """Shows the names of a call in the signature of a private copy whose forward takes ``**kwargs``: export needs them."""
+    signature, forward = inspect.signature(copy.forward), copy.forward
+    kept = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    more = [name for name in kwargs if name not in {p.name for p in kept}]
+    if not more:
+        return
+
+    def named(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    named.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*kept, *(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in more)]
+    )
+    copy.forward = named
+
+
 def describe_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """Shapes and types of a call, for messages."""
     return ", ".join([_describe(a) for a in args] + [f"{k}={_describe(v)}" for k, v in kwargs.items()])

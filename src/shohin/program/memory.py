@@ -8,6 +8,7 @@ see plain movement; other views of the same memory are taken again from the new 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor, fx
 
 from shohin.errors import ModelError
 from shohin.program.nodes import argument, arguments, run
+from shohin.program.refusals import is_user_file
 
 aten = torch.ops.aten
 
@@ -38,9 +40,10 @@ def name_of(node: fx.Node) -> str:
 
 
 def where(node: fx.Node) -> str:
-    """The user's line of a node: " (at ...: text)", or ""."""
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
-    return f" (at {lines[-2]}: {lines[-1]})" if len(lines) >= 2 else ""
+    """The user's line of a node: " (at file:12: text)", or ""."""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in \S+\n\s+(.*)', node.meta.get("stack_trace") or "")
+    users = [f for f in frames if is_user_file(f[0])]
+    return f" (at {users[-1][0]}:{users[-1][1]}: {users[-1][2].strip()})" if users else ""
 
 
 def sizes_of(node: fx.Node) -> tuple[Any, ...]:

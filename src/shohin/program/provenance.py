@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,15 +158,17 @@ class Recorder(TorchFunctionMode):
         self.calls: list[tuple[list[tuple[str, str]], list[Any], dict[str, Any]]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not _holds_tagged(args) and not (kwargs and _holds_tagged(kwargs.values())):  # nearly every call
+            return func(*args, **kwargs)
         from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-        kwargs = kwargs or {}
-        mode = get_proxy_mode()
-        flat = flatten(args) if mode is not None else []
-        if mode is None or not any(type(v) is Tagged for v in (*flat, *flatten(tuple(kwargs.values())))):
-            return func(*args, **kwargs)
         if str(getattr(func, "__name__", "")).startswith("sym_"):  # arithmetic on symbolic sizes, which know plain ints only
             return func(*(int(a) if type(a) is Tagged else a for a in args), **kwargs)
+        mode = get_proxy_mode()
+        if mode is None:
+            return func(*args, **kwargs)
+        flat = flatten(args)
         nodes = mode.tracer.graph.nodes
         before = len(nodes)
         result = func(*args, **kwargs)
@@ -177,6 +179,14 @@ class Recorder(TorchFunctionMode):
             created.append((node.name, str(node.target)))
         self.calls.append((created, flat, kwargs))
         return result
+
+
+def _holds_tagged(values: Iterable[Any]) -> bool:
+    for value in values:
+        kind = type(value)
+        if kind is Tagged or ((kind is tuple or kind is list) and _holds_tagged(value)):
+            return True
+    return False
 
 
 def locate(calls: list[Any], nodes: Mapping[str, torch.fx.Node]) -> dict[tuple[str, int], Source]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from shohin.graph.describe import frozen_rows, group_rows, region_rows
 from shohin.report.words import DASH, count, milliseconds, number, percent, size
@@ -14,19 +14,36 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from shohin.graph import Graph
-    from shohin.verbs import Profile
+    from shohin.graph.memory import Memory
 
 WIDTH = 100
 
 
-def profile_parts(profile: Profile) -> list[RenderableType]:
+class Profiled(Protocol):
+    """What is known of a profiled model; see `shohin.verbs.Profile`."""
+
+    @property
+    def rows(self) -> list[dict[str, Any]]: ...
+    @property
+    def total_ms(self) -> float: ...
+    @property
+    def error(self) -> float: ...
+    @property
+    def repeatability(self) -> float: ...
+    @property
+    def graph(self) -> Graph: ...
+    @property
+    def memory(self) -> Memory | None: ...
+
+
+def profile_parts(profile: Profiled) -> list[RenderableType]:
     """What `shohin profile` prints: a summary, and the tables that are not empty."""
     parts: list[RenderableType] = [summary(profile), layer_table(profile.rows)]
     parts += [make(profile.graph) for make in (group_table, region_table, frozen_table)]
     return [p for p in parts if isinstance(p, str) or p.row_count]  # type: ignore[union-attr]
 
 
-def profile_text(profile: Profile, width: int = WIDTH) -> str:
+def profile_text(profile: Profiled, width: int = WIDTH) -> str:
     """The same as plain text."""
     import io
 
@@ -38,10 +55,10 @@ def profile_text(profile: Profile, width: int = WIDTH) -> str:
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
-def summary(profile: Profile) -> str:
+def summary(profile: Profiled) -> str:
     """Totals in sentences."""
-    rows = profile.rows
-    params = sum(int(t.numel()) for t in {id(t): t for n, t in profile.graph.program.tensors.items() if _is_parameter(profile, n)}.values())
+    rows, program = profile.rows, profile.graph.program
+    params = sum(t.numel() for t in {id(t): t for n, t in program.tensors.items() if n in program.trainable}.values())
     lines = [
         f"total {milliseconds(profile.total_ms)} measured for the whole model (repeatable to {percent(profile.repeatability)}); "
         f"attributed to operations by a regression with a median error of {percent(profile.error)}",
@@ -51,18 +68,15 @@ def summary(profile: Profile) -> str:
     if profile.memory is not None:
         m = profile.memory
         lines.append(
-            f"activations: {size(m.peak_bytes)} at {m.address} in program order (one sample, float32); {size(m.arena_bytes)} as one block"
+            f"activations: {size(m.peak_bytes)} at {m.address} (one sample, float32, program order, elementwise operations in place); "
+            f"{size(m.arena_bytes)} as one block"
         )
     return "\n".join(lines) + "\n"
 
 
-def _is_parameter(profile: Profile, name: str) -> bool:
-    return name in profile.graph.program.trainable
-
-
 def layer_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One row for each operation that costs time."""
-    out = table(("operation", "kind", "output", "MACs", "params", "moved", "MACs/B", "ms"), left=3)
+    out = table(("operation", "kind", "output", "MACs", "params", "moved", "MAC/byte", "ms"), left=3)
     for r in rows:
         out.add_row(
             folded(r["address"], 34),
@@ -106,11 +120,9 @@ def region_table(graph: Graph) -> Table:
 
 def frozen_table(graph: Graph) -> Table:
     """What cannot be chosen, and why."""
-    out = table(("frozen at", "why", "line"), "Frozen: what cannot be chosen", left=3)
-    for column in out.columns:
-        column.ratio = 1
+    out = table(("frozen at", "why, and where"), "Frozen: what cannot be chosen", left=2)
     for r in frozen_rows(graph):
-        out.add_row(folded(r["address"], 30), r["reason"], r["line"] or DASH)
+        out.add_row(folded(r["address"], 36), r["reason"] + (f"\n  {r['line']}" if r["line"] else ""))
     return out
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from shohin.graph import Graph
 from shohin.plan import Plan
 from shohin.program import Program
+from shohin.surgery.grafts import grafts
 from shohin.surgery.proof import Proof, prove
 from shohin.surgery.reasons import first_difference
 from shohin.surgery.repair import Skip, repairs
@@ -27,10 +28,11 @@ class Cut:
     Args:
         model: the user's own class if ``form`` is "module", a `ProgramModule` if it is "program".
         form: "module" or "program".
-        reason: why the user's class could not be repaired; "" if it could.
+        reason: why the user's class, or its ``parts``, could not be repaired; "" if all could.
         proof: of ``model`` against the view.
         removed: tensor name -> {axis: removed indices}.
         rewritten: the program through the plan.
+        parts: paths of modules inside the user's class that run as programs, because their own forward cannot follow.
     """
 
     model: nn.Module
@@ -39,6 +41,7 @@ class Cut:
     proof: Proof
     removed: dict[str, dict[int, list[int]]]
     rewritten: Rewritten
+    parts: tuple[str, ...] = ()
 
 
 def cut(model: nn.Module, graph: Graph, plan: Plan, *, form: str = "module") -> Cut:
@@ -68,6 +71,11 @@ def cut(model: nn.Module, graph: Graph, plan: Plan, *, form: str = "module") -> 
             if proof.holds:
                 return Cut(repaired, "module", "", proof, removed, rewritten)
             reason = reason or _reason(graph.program, rewritten, repaired, proof)
+        for grafted in grafts(model, graph, plan, rewritten):
+            if not isinstance(grafted, str):
+                proof = prove(graph.program, grafted.model, view)
+                if proof.holds:
+                    return Cut(grafted.model, "module", reason, proof, removed, rewritten, grafted.paths)
     again = view_of(graph, rewritten)
     again.train(model.training)
     return Cut(again, "program", reason, prove(graph.program, again, view), removed, rewritten)

@@ -37,18 +37,30 @@ def check_movement(work: Work, node: fx.Node, copy: fx.Node) -> None:
     old = {work.use(n, node): n for n in node.all_input_nodes}
     first = [before[n] if n in before else evaluate(work, n) for n in node.all_input_nodes]
     known = dict(zip(node.all_input_nodes, first, strict=True))
+
+    def now(n: fx.Node) -> Any:
+        original = old.get(n)
+        return evaluate(work, n) if original is None else after[original] if original in after else _remaining(work, original)
+
     try:
-        whole = move(node, list(fx.map_arg(node.args, known.__getitem__)))
-        part = move(copy, list(fx.map_arg(copy.args, lambda n: after[old[n]] if old.get(n) in after else evaluate(work, n))))
+        whole = move(node, _full(fx.map_arg(node.args, known.__getitem__)))
+        part = move(copy, _full(fx.map_arg(copy.args, now)))
     except (RuntimeError, IndexError, ValueError) as error:
         raise CannotRewrite(f"the operation does not run on what stays: {str(error).splitlines()[0]}") from None
     value = work.graph.labels[node.name]
     wanted = [value] if isinstance(value, Labels) else list(value)
     for a, b, labels in zip(_list(whole), _list(part), wanted, strict=True):
+        if not a.numel():
+            continue  # an empty slice has no labels
         for axis, indices in work.kept(labels).items():
             a = a.index_select(axis, torch.from_numpy(indices))
         if a.shape != b.shape or not torch.equal(a, b):
             raise CannotRewrite("the operation would not move what stays to where it is expected")
+
+
+def _full(args: Any) -> list[Any]:
+    """Arguments without the empty tensors of a list: an empty slice that is joined again has no labels, and adds nothing."""
+    return [[t for t in a if not isinstance(t, Tensor) or t.numel()] if isinstance(a, (list, tuple)) else a for a in args]
 
 
 def _list(value: Any) -> list[Any]:
@@ -60,6 +72,14 @@ def _positions(shape: tuple[int, ...], kept: dict[int, Array], start: int) -> Te
     sizes = [n if d in kept else 1 for d, n in enumerate(shape)]
     numbers = np.arange(start, start + int(np.prod(sizes)), dtype=np.int64).reshape(sizes)
     return torch.from_numpy(numbers).expand(shape)
+
+
+def _remaining(work: Work, node: fx.Node) -> Any:
+    """What stays of a tensor that is read beside what is moved (a shape to take, an index)."""
+    value = evaluate(work, node)
+    for axis, indices in work.stays(node).items():
+        value = value.index_select(axis, torch.from_numpy(indices))
+    return value
 
 
 def evaluate(work: Work, node: fx.Node) -> Any:

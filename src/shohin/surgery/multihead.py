@@ -74,6 +74,16 @@ class MultiheadAttention(nn.MultiheadAttention):
             self.register_parameter(name, nn.Parameter(torch.empty(1, 1, rows, **made)) if add_bias_kv else None)
         self._reset_parameters()
 
+    def _reset_parameters(self) -> None:
+        """As torch's class."""
+        for name, parameter in self.named_parameters():
+            if name in ("bias_k", "bias_v"):
+                nn.init.xavier_normal_(parameter)
+            elif parameter.dim() > 1 and name != "out_proj.weight":
+                nn.init.xavier_uniform_(parameter)
+            elif parameter.dim() == 1:
+                nn.init.zeros_(parameter)
+
     def forward(
         self,
         query: Tensor,
@@ -130,20 +140,26 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """Queries, keys and values (N, heads, L, dim), with what is appended to keys and values."""
-        sizes = [self.num_heads * self.qk_dim, self.num_heads * self.qk_dim, self.num_heads * self.v_dim]
-        if self.in_proj_weight is not None and query is key and key is value:
-            q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).split(sizes, -1)
+        heads, dims = self.num_heads, (self.qk_dim, self.qk_dim, self.v_dim)
+        sizes = [heads * dim for dim in dims]
+        packed = self.in_proj_weight is not None and query is key and key is value
+        if packed and self.qk_dim == self.v_dim:  # packed as torch packs them, so that its unit groups and these are the same
+            q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, heads, self.v_dim)).unbind(-3)
         else:
-            weights: Any = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            weights = weights if self.in_proj_weight is None else self.in_proj_weight.split(sizes)
-            biases: Any = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.split(sizes)
-            q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+            if packed:
+                flat = list(F.linear(query, self.in_proj_weight, self.in_proj_bias).split(sizes, -1))
+            else:
+                weights: Any = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+                weights = weights if self.in_proj_weight is None else self.in_proj_weight.split(sizes)
+                biases: Any = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.split(sizes)
+                flat = [F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
+            q, k, v = (x.unflatten(-1, (heads, dim)) for x, dim in zip(flat, dims, strict=True))
         if self.bias_k is not None and self.bias_v is not None:
-            k, v = (torch.cat([x, b.expand(x.shape[0], -1, -1)], 1) for x, b in ((k, self.bias_k), (v, self.bias_v)))
+            more = [b.unflatten(-1, (heads, -1)).expand(x.shape[0], -1, -1, -1) for x, b in ((k, self.bias_k), (v, self.bias_v))]
+            k, v = torch.cat([k, more[0]], 1), torch.cat([v, more[1]], 1)
         if self.add_zero_attn:
-            k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
-        dims = (self.qk_dim, self.qk_dim, self.v_dim)
-        return [x.unflatten(-1, (self.num_heads, dim)).transpose(1, 2) for x, dim in zip((q, k, v), dims, strict=True)]
+            k, v = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (k, v))
+        return [x.transpose(1, 2) for x in (q, k, v)]
 
     def _mask(self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, appended: int) -> Tensor | None:
         """What is added to the scores; it broadcasts to (N, heads, L, S)."""

@@ -51,12 +51,19 @@ def prove(program: Program, module: nn.Module, view: nn.Module, *, tolerance: fl
             inputs = [random_input(x, batch, generator) for x in program.example]
             with double_precision():
                 error, place = _compare(program, a, b, inputs, generator)
+                if any(isinstance(m, nn.MultiheadAttention) for m in a.modules()):  # without gradients torch runs another kernel
+                    with torch.no_grad():
+                        error, place = max((error, place), _compare(program, a, b, inputs, generator), key=_size)
             if not error <= worst:
                 worst, where = error, f"{place} at batch {batch}"
     except Exception as error:  # whatever the user's forward raises is a reason, not a crash
         text = str(error).splitlines()[0] if str(error) else ""
         return Proof(False, float("inf"), f"the module fails: {type(error).__name__}: {text}{user_line(error)}")
     return Proof(worst <= tolerance, worst, where)
+
+
+def _size(found: tuple[float, str]) -> float:
+    return found[0] if found[0] == found[0] else float("inf")
 
 
 def user_line(error: BaseException) -> str:
@@ -68,14 +75,16 @@ def user_line(error: BaseException) -> str:
 
 
 def random_input(x: Any, batch: int, generator: torch.Generator) -> Any:
-    """A random value like an example input, with another batch: normal floats, shuffled integers."""
+    """A random value like an example input, with another batch: normal floats, integers from rows of the example.
+
+    Integers may mean something together (the corners of a box, the places of an image in a text), so rows stay whole.
+    """
     if not isinstance(x, Tensor) or not x.dim():
         return x
     shape = (batch, *x.shape[1:])
     if x.is_floating_point():
         return torch.randn(shape, generator=generator, dtype=torch.float64)
-    flat = x.reshape(-1).cpu()
-    return flat[torch.randint(0, len(flat), (int(torch.Size(shape).numel()),), generator=generator)].reshape(shape)
+    return x.cpu()[torch.randint(0, len(x), (batch,), generator=generator)]
 
 
 def _compare(program: Program, a: nn.Module, b: nn.Module, inputs: list[Any], generator: torch.Generator) -> tuple[float, str]:
@@ -93,7 +102,7 @@ def _compare(program: Program, a: nn.Module, b: nn.Module, inputs: list[Any], ge
             named = {n: p for n, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
             distinct = list({id(p): p for p in named.values()}.values())
             leaves = [t for t in flat if isinstance(t, Tensor) and t.requires_grad]
-            grads = torch.autograd.grad(loss, [*distinct, *leaves], allow_unused=True)
+            grads = torch.autograd.grad(loss, [*distinct, *leaves], allow_unused=True, retain_graph=True)  # some models cache
             of = {id(p): g for p, g in zip(distinct, grads, strict=False)}
             keyed = {f"gradient of {n}": of[id(p)] for n, p in named.items()}
             keyed |= {f"gradient of input {i}": g for i, g in enumerate(grads[len(distinct) :])}

@@ -19,18 +19,29 @@ from shohin.surgery.sources import where
 
 def first_difference(program: Program, rewritten: Rewritten, repaired: nn.Module) -> str:
     """The first operation whose constants differ, with its line; "" if none does or the class runs other operations."""
+    found = _difference(program, rewritten, repaired)
+    return f"{found[2]} would have to become {found[1]} at {where(program, found[0])}, and its source is not known" if found else ""
+
+
+def differing_node(program: Program, rewritten: Rewritten, repaired: nn.Module) -> str:
+    """The name of that operation."""
+    found = _difference(program, rewritten, repaired)
+    return found[0] if found else ""
+
+
+def _difference(program: Program, rewritten: Rewritten, repaired: nn.Module) -> tuple[str, Any, Any] | None:
     args, kwargs = pytree.tree_unflatten(list(program.example), program.in_spec)
     try:
         captured = capture(repaired, Call(tuple(args), kwargs, None, None)).graph
     except ShohinError:
-        return ""
+        return None
     for node, other in zip_longest(_operations(rewritten.graph), _operations(captured)):
         if node is None or other is None or node.target is not other.target:
-            return ""
+            return None
         for mine, theirs in zip(_constants(node), _constants(other), strict=False):
             if mine != theirs:
-                return f"{theirs} would have to become {mine} at {where(program, node.name)}, and its source is not known"
-    return ""
+                return node.name, mine, theirs
+    return None
 
 
 def _operations(graph: fx.Graph) -> list[fx.Node]:

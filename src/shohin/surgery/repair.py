@@ -24,19 +24,26 @@ class Skip(nn.Module):
         return x
 
 
-def repairs(model: nn.Module, graph: Graph, plan: Plan, rewritten: Rewritten) -> Iterator[nn.Module | str]:
+def repairs(
+    model: nn.Module, graph: Graph, plan: Plan, rewritten: Rewritten, replaced: frozenset[str] = frozenset()
+) -> Iterator[nn.Module | str]:
     """Copies with sliced tensors, repaired integers, skipped modules and attention modules that hold their sizes.
 
     A copy has its own tensors (of the kept parts only); ties, shared modules, hooks, ``requires_grad`` and modes are the
     original's. It is not yet proved: where the program leaves more than one way, each is tried in turn. A string says why
     there is none.
+
+    Args:
+        replaced: paths of modules that will not run their own forward.
     """
     program = graph.program
     found = attentions.attentions(model, rewritten)
     if isinstance(found, str):
         yield found
         return
-    apart = attentions.inside(program, found)
+    apart = attentions.inside(program, found) | {
+        name for name, o in program.origins.items() if any(o.module == p or o.module.startswith(p + ".") for p in replaced)
+    }
     for name in rewritten.mended:
         if name not in apart:
             yield f"{where(program, name)} needs more than another integer"

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from shohin.errors import PlanError
 from shohin.graph import Graph, kept_indices
 from shohin.graph.labels.core import Array, Labels
 from shohin.graph.labels.movement import MOVEMENT
@@ -47,6 +48,7 @@ def attempt(graph: Graph, plan: Plan) -> tuple[Rewritten, dict[str, CannotRewrit
     result = fx.Graph()
     skipped = {graph.region(name).output: graph.region(name).input for name in plan.skips}
     by_name = {n.name: n for n in program.graph.nodes}
+    _check_skips(work, plan, by_name)
     for node in program.graph.nodes:
         if node.op == "output":
             result.output(fx.map_arg(node.args[0], work.reading(node)))
@@ -68,6 +70,15 @@ def attempt(graph: Graph, plan: Plan) -> tuple[Rewritten, dict[str, CannotRewrit
             failed[node.name] = CannotRewrite(f"{origin.address}: {error}" + (f" ({origin.line})" if origin.line else ""))
     _drop_unused(result, program.names)
     return Rewritten(result, kept, tuple(work.changes), tuple(work.mended), program.tensors, work.scaled), failed
+
+
+def _check_skips(work: Work, plan: Plan, by_name: Mapping[str, fx.Node]) -> None:
+    """A chain can be skipped only if its input and output keep the same."""
+    for name in plan.skips:
+        region = work.graph.region(name)
+        first, second = (work.stays(by_name[n]) for n in (region.input, region.output))
+        if first.keys() != second.keys() or any(not np.array_equal(first[d], second[d]) for d in first):
+            raise PlanError(f"the plan skips {name!r}, whose input and output would keep different units: keep the same of both, or all")
 
 
 def _take_part(work: Work, node: fx.Node, copy: fx.Node) -> None:

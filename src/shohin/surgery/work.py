@@ -103,23 +103,47 @@ def set_sizes(work: Work, node: fx.Node, copy: fx.Node, place: int, wanted: Sequ
         if isinstance(size, int):
             new[i] = wanted[i]
         else:
-            new[i] = _scaled(work, size, wanted[i], before[i])
+            new[i] = _scaled(work, node, size, wanted[i], before[i])
     set_argument(work, node, copy, place, new)
 
 
-def _scaled(work: Work, size: Any, wanted: int, before: int) -> fx.Node:
-    """A symbolic size times a constant, with the constant changed."""
-    if isinstance(size, fx.Node) and getattr(size.target, "__name__", "") == "mul":
-        for i, constant in enumerate(size.args):
-            if isinstance(constant, int) and constant * wanted % before == 0:
-                copy = work.new[size]
-                with copy.graph.inserting_after(copy):
-                    args = list(copy.args)
-                    args[i] = constant * wanted // before
-                    scaled = copy.graph.create_node("call_function", copy.target, tuple(args), {})
-                work.changes.append(Change(size.name, i, constant, constant * wanted // before))
-                return scaled
+def _scaled(work: Work, node: fx.Node, size: Any, wanted: int, before: int) -> fx.Node:
+    """A symbolic size times constants, with one of these changed: that of an axis that shrinks, if there is one."""
+    shrunk = {len_before for n in node.all_input_nodes for len_before in _shrunk(work, n)}
+    places = sorted(_constants(size), key=lambda place: place[2] not in shrunk)
+    for factor, position, constant in places:
+        if constant * wanted % before == 0:
+            work.changes.append(Change(factor.name, position, constant, constant * wanted // before))
+            return _rebuilt(work, size, factor, position, constant * wanted // before)
     raise CannotRewrite(f"a computed size would have to become {wanted} instead of {before}")
+
+
+def _shrunk(work: Work, node: fx.Node) -> list[int]:
+    labels = work.of(node)
+    return [] if labels is None else [labels.shape[axis] for axis in work.stays(node)]
+
+
+def _constants(size: Any) -> list[tuple[fx.Node, int, int]]:
+    """(multiplication, position, constant) of every constant factor of a product."""
+    if not isinstance(size, fx.Node) or getattr(size.target, "__name__", "") != "mul":
+        return []
+    found = [(size, i, value) for i, value in enumerate(size.args) if isinstance(value, int)]
+    return [*found, *(place for value in arguments(size) for place in _constants(value))]
+
+
+def _rebuilt(work: Work, size: fx.Node, factor: fx.Node, position: int, value: int) -> fx.Node:
+    """The product again, with another constant in one of its multiplications."""
+    args: list[Any] = [
+        value if size is factor and i == position else _rebuilt(work, a, factor, position, value) if _holds(a, factor) else work.new.get(a, a)
+        for i, a in enumerate(arguments(size))
+    ]
+    last = max((work.new[size], *(a for a in args if isinstance(a, fx.Node))), key=lambda n: n._sort_key)
+    with last.graph.inserting_after(last):
+        return last.graph.create_node("call_function", size.target, tuple(args), {})
+
+
+def _holds(size: Any, factor: fx.Node) -> bool:
+    return any(place[0] is factor for place in _constants(size))
 
 
 def axis_of(node: fx.Node, position: int, rank: int, default: int = 0) -> int:

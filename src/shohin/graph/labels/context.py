@@ -59,7 +59,7 @@ class Context:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.classes = Classes()
-        self.frozen: list[tuple[Frozen, Array]] = []
+        self.frozen: list[Frozen] = []
         self.normalized: list[Array] = []
         self.produced: set[tuple[str, int]] = set()
         self.parameters: dict[str, Parameter] = {}
@@ -70,7 +70,7 @@ class Context:
         kept: list[Array] = []
         for plane in planes:
             data = compress(self.classes.find(plane))
-            if data.size == 1:
+            if data.size <= 1:
                 if data.any():
                     self.classes.whole.add(int(data.reshape(-1)[0]))
                 continue
@@ -147,10 +147,12 @@ class Context:
         return x
 
     def note(self, note: Frozen, labels: Array) -> None:
-        """Freezes labels, with the reason."""
+        """Freezes labels, with the reason where that keeps a part of a weight from being removed."""
         data = np.unique(self.classes.find(labels))
-        if data.any():
-            self.frozen.append((note, data[data > 0]))
+        data = data[data > 0]
+        if len(data):
+            if any(np.isin(self.classes.find(p), data).any() for parameter in self.parameters.values() for p in parameter.planes):
+                self.frozen.append(note)
             self.classes.freeze(data)
 
     def freeze(self, node: fx.Node, reason: str, *values: Any) -> None:

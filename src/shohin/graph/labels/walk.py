@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from shohin.graph.labels import attention, contraction, elementwise, movement, normalization, reduction, selection, spatial
+from shohin.graph.labels import attention, contraction, elementwise, movement, normalization, recurrent, reduction, selection, spatial
 from shohin.graph.labels.context import Context, Parameter
 from shohin.graph.labels.core import Labels, rigid
 from shohin.graph.labels.rules import RULES
@@ -16,7 +16,7 @@ from shohin.program import Program, concrete, family, shape_of
 from shohin.program.nodes import arguments, flatten, run
 
 #: importing these registers their rules
-FAMILIES = (attention, contraction, elementwise, movement, normalization, reduction, selection, spatial)
+FAMILIES = (attention, contraction, elementwise, movement, normalization, recurrent, reduction, selection, spatial)
 FACTORIES = frozenset(("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"))
 
 

@@ -1,6 +1,6 @@
 """How each operator's integers follow a plan, one file per family."""
 
-from shohin.surgery.follow import layers, movement
+from shohin.surgery.follow import layers, movement, recurrent
 from shohin.surgery.follow.table import FOLLOW, Follow, follow
 
-__all__ = ["FOLLOW", "Follow", "follow", "layers", "movement"]
+__all__ = ["FOLLOW", "Follow", "follow", "layers", "movement", "recurrent"]
