@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 import models
 from shohin.data import Call
-from shohin.errors import DataError, ModelError
+from shohin.errors import DataError
 from shohin.plan import Plan
 from shohin.program import ProgramModule, call_inputs, capture, structural_copy
 from shohin.surgery import cut, understand

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import models
-from shohin.errors import ModelError, PlanError, ShohinError
+from shohin.errors import ModelError, PlanError
 from shohin.plan import Plan
 from shohin.surgery import cut, understand, view
 from surgery_cases import CASES

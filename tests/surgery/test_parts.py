@@ -129,7 +129,7 @@ def zeroed(model: nn.Module, pairs: dict[str, tuple[int, ...]], axis: int = 1) -
 
 def test_parts_of_a_model_with_an_early_exit() -> None:
     torch.manual_seed(0)
-    model, parts = built(EarlyExit(), image())
+    _, parts = built(EarlyExit(), image())
     assert list(parts.graphs) == ["backbone", "first", "second"]
     assert {g.name: g.size for g in parts.groups} == {
         "backbone.stem.weight": 8,
@@ -219,7 +219,7 @@ def test_tensors_tied_across_parts_stay_whole_and_tied() -> None:
 
 
 def test_modules_with_several_shapes_and_idle_modules_are_named() -> None:
-    model, parts = built(Pyramid(), image())
+    _, parts = built(Pyramid(), image())
     assert "head" in parts.graphs and not any(path == "shared" for path in parts.graphs)
     reasons = {f.address: f.reason for f in parts.frozen}
     assert "2 different shapes" in reasons["shared"] and "not called" in reasons["idle"]

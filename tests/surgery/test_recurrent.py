@@ -155,37 +155,29 @@ class Case:
 TWO = {"num_layers": 2, "bidirectional": True, "batch_first": True}
 CASES = {
     "lstm": Case(nn.LSTM),
-    "lstm last step": Case(nn.LSTM, {"batch_first": True, "use": "last"}),
     "lstm h": Case(nn.LSTM, {"use": "h", "num_layers": 2}),
     "lstm c": Case(nn.LSTM, {"use": "c", "batch_first": True}),
-    "lstm both ways": Case(nn.LSTM, TWO),
     "lstm states": Case(nn.LSTM, {**TWO, "use": "states"}),
-    "lstm without bias": Case(nn.LSTM, {**TWO, "bias": False}),
+    "lstm zeros, no bias": Case(nn.LSTM, {**TWO, "start": "zeros", "bias": False}),
+    "lstm new zeros, last step": Case(nn.LSTM, {"batch_first": True, "start": "new", "use": "last"}),
+    "lstm computed start": Case(nn.LSTM, {"num_layers": 2, "start": "input"}),
     "lstm projected": Case(nn.LSTM, {**TWO, "use": "states"}, proj=5),
     "lstm projected, no bias": Case(nn.LSTM, {"bias": False, "use": "c"}, proj=5),
-    "lstm zeros": Case(nn.LSTM, {**TWO, "start": "zeros"}),
-    "lstm new zeros": Case(nn.LSTM, {"batch_first": True, "start": "new"}),
-    "lstm learned start": Case(nn.LSTM, {**TWO, "start": "learned"}),
-    "lstm computed start": Case(nn.LSTM, {"num_layers": 2, "start": "input"}),
-    "lstm projected, learned start": Case(nn.LSTM, {**TWO, "start": "learned", "use": "states"}, proj=5),
-    "gru": Case(nn.GRU, {"batch_first": True}),
+    "lstm projected, learned start": Case(nn.LSTM, {**TWO, "start": "learned"}, proj=5),
     "gru both ways": Case(nn.GRU, {**TWO, "use": "states"}),
-    "gru without bias": Case(nn.GRU, {"bias": False, "num_layers": 3, "use": "h"}),
-    "gru learned start": Case(nn.GRU, {"start": "learned", "use": "last"}),
+    "gru learned start, no bias": Case(nn.GRU, {"start": "learned", "use": "last", "bias": False}),
     "rnn tanh": Case(nn.RNN, {"use": "h"}),
     "rnn relu": Case(nn.RNN, {**TWO, "nonlinearity": "relu"}),
     "lstm cell": Case(nn.LSTMCell),
     "lstm cell, zeros": Case(nn.LSTMCell, {"start": "zeros"}),
-    "gru cell": Case(nn.GRUCell),
-    "gru cell without bias": Case(nn.GRUCell, {"bias": False}),
-    "rnn cell": Case(nn.RNNCell),
-    "rnn relu cell": Case(nn.RNNCell, {"nonlinearity": "relu", "start": "zeros"}),
+    "gru cell, no bias": Case(nn.GRUCell, {"bias": False}),
+    "rnn relu cell, zeros": Case(nn.RNNCell, {"nonlinearity": "relu", "start": "zeros"}),
 }
 
 
 def inputs(batch: int, seed: int) -> Call:
-    """Sequences of 5 steps."""
-    x = torch.randn(batch, 5, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    """Sequences of 4 steps."""
+    x = torch.randn(batch, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return Call((x,), {}, None, None)
 
 
@@ -195,14 +187,10 @@ def names(case: Case) -> dict[str, int]:
 
 
 def plans(sizes: dict[str, int]) -> list[dict[str, tuple[int, ...]]]:
-    """Half of everything, random numbers of units, the hidden units alone."""
+    """Half of everything; random numbers of hidden and projected units alone."""
     r = random.Random(0)
-    found = [
-        {n: tuple(sorted(r.sample(range(s), count or r.randint(1, s)))) for n, s in sizes.items() for count in [c and s // 2]}
-        for c in (1, 0)
-    ]
-    hidden = list(sizes)[1]
-    return [*found, {hidden: tuple(sorted(r.sample(range(sizes[hidden]), 6)))}]
+    half = {n: tuple(sorted(r.sample(range(s), s // 2))) for n, s in sizes.items()}
+    return [half, {n: tuple(sorted(r.sample(range(s), s - r.randint(1, 3)))) for n, s in sizes.items() if n != "a.weight"}]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -217,14 +205,10 @@ def test_equals_a_smaller_layer(name: str) -> None:
     for widths in plans(sizes):
         kept = {n: widths.get(n, tuple(range(s))) for n, s in sizes.items()}
         a, units, *proj = kept.values()
-        if proj and len(proj[0]) >= len(units):
-            continue  # torch's constructor refuses these
         small = select(model, case.build(len(a), len(units), len(proj[0]) if proj else 0), a, units, proj[0] if proj else None)
         result = cut(model, graph, Plan(graph.program.fingerprint, widths))
         assert result.form == case.form, result.reason
-        for batch, seed in ((1, 1), (3, 2)):
-            call = inputs(batch, seed)
-            close(answers(result.model, call), answers(small, call), (name, widths, batch))
+        close(answers(result.model, inputs(1, 1)), answers(small, inputs(1, 1)), (name, widths, "cut"))
         whole = view(graph, Plan(graph.program.fingerprint, widths))
         close(answers(whole, inputs(3, 3)), answers(small, inputs(3, 3)), (name, widths, "view"))
         call = inputs(2, 4)
@@ -237,7 +221,7 @@ def test_equals_a_smaller_layer(name: str) -> None:
         close([*gradients[0].values()], [*gradients[1].values()], (name, widths, "gradients"))
 
 
-@pytest.mark.parametrize("name", ["lstm both ways", "gru both ways", "lstm projected", "rnn tanh"])
+@pytest.mark.parametrize("name", ["lstm states", "gru both ways", "lstm projected", "rnn tanh"])
 def test_a_cut_layer_is_whole(name: str) -> None:
     """Its sizes say what its tensors are; the list that torch runs holds these tensors; it copies, trains and reloads."""
     case = CASES[name]

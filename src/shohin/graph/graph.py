@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from shohin.graph.costs import Edge, Operator
 from shohin.graph.labels.context import Frozen, Parameter
 from shohin.graph.labels.core import Array, Labels, compress
 from shohin.graph.labels.walk import propagate
+from shohin.graph.memory import Memory, memory
 from shohin.graph.operators import Extents, edges, macs_of, operators
 from shohin.graph.regions import Region, find_regions
 from shohin.graph.units import Structure, UnitGroup, find_groups
@@ -80,6 +82,16 @@ class Graph:
         """Multiply-accumulates of one sample, with the plan applied."""
         plan = plan or Plan(self.program.fingerprint)
         return macs_of(self.costs, self.kept(plan), frozenset(plan.skips))
+
+    def memory(self, plan: Plan | None = None, **how: Any) -> Memory:
+        """Memory of the activations through a plan: see `shohin.graph.memory.memory` for ``how``."""
+        return memory(self, plan, **how)
+
+    def to_html(self, title: str = "model") -> str:
+        """The model as one self-contained HTML page: operations by module, axes in the colours of their groups."""
+        from shohin.graph.html import to_html
+
+        return to_html(self, title)
 
     @property
     def sites(self) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ widths into its configuration and proves that a model built from it computes the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -47,26 +48,47 @@ def uniform(graph: Graph, model: Any, keep: float, *, of: str | None = None, sco
         raise PlanError(f"of must be None, 'macs' or 'params'; got {of!r}")
     traced = configs.traced(model)
     dims = _dims(graph)
-    choices = [[g for g in graph.groups if g.name not in dims], [g for g in graph.groups if g.name not in dims and not g.normalized]]
-    choices.append([g for g in choices[1] if not _overlaps(g, graph.groups)])
     reasons: list[str] = []
-    for groups in choices:
+
+    def found(groups: Sequence[UnitGroup]) -> Plan | None:
         for share in _shares(groups, keep, of is None):
             plan = _plan(graph, groups, share, scores or {})
             if (share == 1 and keep < 1) or (of is not None and _cost(graph, plan, of) > keep * _cost(graph, None, of)):
                 continue
-            try:
-                rewritten = rewrite(graph, plan)
-            except CannotRewrite as error:
-                reasons.append(str(error))
-                continue
-            found = _config(model, traced, graph, rewritten)
-            if not isinstance(found, str):
+            reason = _expressed(model, traced, graph, plan)
+            if not reason:
                 return plan
-            reasons.append(found)
-    raise PlanError(
-        f"keep={keep} cannot be expressed by {type(model.config).__name__}: {reasons[0] if reasons else 'no group can be cut so far'}"
-    )
+            reasons.append(reason)
+        return None
+
+    heads_and_all = [g for g in graph.groups if g.name not in dims]
+    inner = [g for g in heads_and_all if not g.normalized]
+    for groups in (heads_and_all, inner, [g for g in inner if not _overlaps(g, graph.groups)]):
+        plan = found(groups)
+        if plan is not None:
+            return plan
+    kinds: dict[str, list[UnitGroup]] = {}
+    for group in heads_and_all:
+        kinds.setdefault(re.sub(r"\d+", "*", group.name), []).append(group)
+    apart = [g for groups in kinds.values() if not _expressed(model, traced, graph, _halves(graph, groups)) for g in groups]
+    plan = found(apart)
+    if plan is not None:
+        return plan
+    why = reasons[0] if reasons else "no group can be cut so far"
+    raise PlanError(f"keep={keep} cannot be expressed by {type(model.config).__name__}: {why}")
+
+
+def _halves(graph: Graph, groups: Sequence[UnitGroup]) -> Plan:
+    return _plan(graph, groups, Fraction(1, 2) if all(g.size % 2 == 0 for g in groups) else Fraction(1), {})
+
+
+def _expressed(model: Any, traced: nn.Module, graph: Graph, plan: Plan) -> str:
+    """Why the configuration cannot express a plan; "" if it can."""
+    try:
+        result = _config(model, traced, graph, rewrite(graph, plan))
+    except CannotRewrite as error:
+        return str(error)
+    return result if isinstance(result, str) else ""
 
 
 def write_config(made: Cut, model: Any, graph: Graph) -> None:
@@ -81,6 +103,8 @@ def write_config(made: Cut, model: Any, graph: Graph) -> None:
     """
     if made.form != "module":
         raise PlanError(f"a configuration describes the model's own class, but the cut is a program: {made.reason}")
+    if made.parts:
+        raise PlanError(f"a configuration cannot describe {', '.join(made.parts[:3])}, which run as programs: {made.reason}")
     found = _config(model, configs.traced(model), graph, made.rewritten)
     if isinstance(found, str):
         raise PlanError(f"{type(model.config).__name__} cannot express the cut: {found}")

@@ -144,18 +144,18 @@ class MultiheadAttention(nn.MultiheadAttention):
         sizes = [heads * dim for dim in dims]
         packed = self.in_proj_weight is not None and query is key and key is value
         if packed and self.qk_dim == self.v_dim:  # packed as torch packs them, so that its unit groups and these are the same
-            q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, heads, self.v_dim)).unbind(-3)
+            q, k, v = torch.unflatten(F.linear(query, self.in_proj_weight, self.in_proj_bias), -1, (3, heads, self.v_dim)).unbind(-3)
         else:
             if packed:
-                flat = list(F.linear(query, self.in_proj_weight, self.in_proj_bias).split(sizes, -1))
+                flat = list(torch.split(F.linear(query, self.in_proj_weight, self.in_proj_bias), sizes, -1))
             else:
                 weights: Any = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-                weights = weights if self.in_proj_weight is None else self.in_proj_weight.split(sizes)
-                biases: Any = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.split(sizes)
+                weights = weights if self.in_proj_weight is None else torch.split(self.in_proj_weight, sizes)
+                biases: Any = (None, None, None) if self.in_proj_bias is None else torch.split(self.in_proj_bias, sizes)
                 flat = [F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
-            q, k, v = (x.unflatten(-1, (heads, dim)) for x, dim in zip(flat, dims, strict=True))
+            q, k, v = (torch.unflatten(x, -1, (heads, dim)) for x, dim in zip(flat, dims, strict=True))
         if self.bias_k is not None and self.bias_v is not None:
-            more = [b.unflatten(-1, (heads, -1)).expand(x.shape[0], -1, -1, -1) for x, b in ((k, self.bias_k), (v, self.bias_v))]
+            more = [torch.unflatten(b, -1, (heads, -1)).expand(x.shape[0], -1, -1, -1) for x, b in ((k, self.bias_k), (v, self.bias_v))]
             k, v = torch.cat([k, more[0]], 1), torch.cat([v, more[1]], 1)
         if self.add_zero_attn:
             k, v = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (k, v))
@@ -166,7 +166,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         masks = []
         if attn_mask is not None:
             attn_mask = _additive(attn_mask, q)
-            masks.append(attn_mask.unflatten(0, (q.shape[0], self.num_heads)) if attn_mask.dim() == 3 else attn_mask)
+            masks.append(torch.unflatten(attn_mask, 0, (q.shape[0], self.num_heads)) if attn_mask.dim() == 3 else attn_mask)
         if key_padding_mask is not None:
             masks.append(_additive(key_padding_mask, q)[:, None, None])
         if not masks:

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from shohin.graph import Graph, UnitGroup
-from shohin.graph.labels.core import Array
+from shohin.graph.labels.core import Array, Labels
 from shohin.plan import Plan
 from shohin.program import Program, family
 
 #: operators that compute statistics and keep the shape
 NORMALIZE = frozenset({"layer_norm", "group_norm", "rms_norm", "native_layer_norm", "native_group_norm"})
 #: operators whose value changes when zeros are among what they reduce
-AVERAGE = frozenset({"mean", "var", "std", "var_mean", "std_mean", "logsumexp", "softmax", "amax", "amin", "prod", "median", "quantile"})
+AVERAGE = frozenset({"mean", "var", "std", "var_mean", "std_mean", "logsumexp", "softmax", "log_softmax", "sum", "max", "min", "linalg_vector_norm", "amax", "amin", "prod", "median", "quantile"})
 #: operators that make one element of a computed weight depend on others
 ENTANGLE = (
     AVERAGE | NORMALIZE | {"_weight_norm", "_weight_norm_interface", "norm", "linalg_vector_norm", "sum", "batch_norm", "linalg_norm"}
@@ -147,6 +147,8 @@ def _normalizations(model: nn.Module, graph: Graph) -> tuple[set[str], dict[str,
         parameters = {program.names[n.name] for n in node.all_input_nodes if n.name in program.names}
         entering = set().union(*(_groups(graph, owner, graph.labels.get(n.name)) for n in node.all_input_nodes))
         leaving = _groups(graph, owner, graph.labels.get(node.name))
+        if "softmax" in name:
+            leaving -= _groups(graph, owner, _along(graph.labels.get(node.name), node.args[1]))
         for group in graph.groups:
             if group.name not in entering:
                 continue
@@ -163,6 +165,13 @@ def _normalizations(model: nn.Module, graph: Graph) -> tuple[set[str], dict[str,
             if any(axis > 0 for axis in group.slices[tensor]):
                 silent.setdefault(group.name, f"{tensor} is normalized over it")
     return mirrored, silent
+
+
+def _along(labels: Any, axis: Any) -> Any:
+    """Labels on one axis only."""
+    if not isinstance(labels, Labels) or not isinstance(axis, int):
+        return None
+    return Labels((labels.plane(axis),), labels.shape)
 
 
 def _can_mirror(module: nn.Module | None, path: str, group: UnitGroup) -> bool:

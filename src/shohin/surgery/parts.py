@@ -26,7 +26,6 @@ from shohin.surgery.cut import Cut, cut
 from shohin.surgery.proof import Proof
 from shohin.surgery.view import understand
 
-
 UNCALLED = "is not called while the model runs on the example"
 
 

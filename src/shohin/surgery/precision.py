@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 NARROW = frozenset((torch.float32, torch.float16, torch.bfloat16))
 
 
-class _Wide(TorchDispatchMode):
+class _Wide(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Types below float64 that an operation asks for become float64: ``softmax(x, dtype=torch.float32)``, ``x.float()``."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -32,7 +32,7 @@ def double_precision() -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with _Wide(), sdpa_kernel(SDPBackend.MATH):
+        with _Wide(), sdpa_kernel(SDPBackend.MATH):  # type: ignore[no-untyped-call]
             yield
     finally:
         torch.set_default_dtype(before)
