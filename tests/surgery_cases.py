@@ -182,12 +182,12 @@ def small_groupnorm(groups: int) -> Callable[[nn.Module, Kept], nn.Module]:
 
 
 def small_gqa(model: nn.Module, kept: Kept) -> nn.Module:
-    """Units: dim d of all queries and keys; dim d of all values; a KV head with its two queries."""
-    qk, v, heads = kept["q.weight#2"], kept["v.weight"], kept["q.weight"]
-    queries = [(h * 2 + r) * 3 + d for h in heads for r in range(2) for d in qk]
+    """Units: a KV head with its queries; query r of every KV head; dim d of all queries and keys; dim d of all values."""
+    heads, repeated, qk, v = kept["q.weight"], kept["q.weight#2"], kept["q.weight#3"], kept["v.weight"]
+    queries = [(h * 2 + r) * 3 + d for h in heads for r in repeated for d in qk]
     keys, values = ([h * 3 + d for h in heads for d in dims] for dims in (qk, v))
-    outs = [(h * 2 + r) * 3 + d for h in heads for r in range(2) for d in v]
-    small = models.GroupedQuery(6, len(heads) * 2, len(heads), len(qk), scale=3**-0.5)
+    outs = [(h * 2 + r) * 3 + d for h in heads for r in repeated for d in v]
+    small = models.GroupedQuery(6, len(heads) * len(repeated), len(heads), len(qk), scale=3**-0.5)
     small.v, small.o = nn.Linear(6, len(values)), nn.Linear(len(outs), 6)
     take = {"q.weight": {0: queries}, "q.bias": {0: queries}, "k.weight": {0: keys}, "k.bias": {0: keys}}
     take |= {"v.weight": {0: values}, "v.bias": {0: values}, "o.weight": {1: outs}}
@@ -355,7 +355,16 @@ CASES: dict[str, Case] = {
             "c.weight": [("out.weight", 1, same)],
         },
     ),
-    "recurrent": Case(models.Recurrent, image(2, 6), {"b.weight": 7}, {"b.weight": [("c.weight", 1, same)]}),
+    "recurrent": Case(
+        models.Recurrent,
+        image(2, 6),
+        {"a.weight": 6, "lstm.weight_ih_l0": 5, "b.weight": 7},
+        {
+            "a.weight": [("lstm.weight_ih_l0", 1, same)],
+            "lstm.weight_ih_l0": [("lstm.weight_hh_l0", 1, same), ("b.weight", 1, same)],
+            "b.weight": [("c.weight", 1, same)],
+        },
+    ),
     "unknown operator": Case(models.Unknown, image(6), {"b.weight": 7}, {"b.weight": [("c.weight", 1, same)]}),
     "keywords": Case(models.Named, named, {"a.weight": 8}, {"a.weight": [("c.weight", 1, same)]}),
     "windowed": Case(
@@ -383,5 +392,7 @@ CASES: dict[str, Case] = {
     "vit timm": Case(lambda: models.ViT("timm"), image(3, 8, 8), VIT, small=small_vit("timm", FUSED), form="any"),
     "vit separate": Case(lambda: models.ViT("separate"), image(3, 8, 8), SEPARATE, small=small_vit("separate", APART), form="any"),
     "vit sdpa": Case(lambda: models.ViT("sdpa"), image(3, 8, 8), SEPARATE, small=small_vit("sdpa", APART), form="any"),
-    "grouped query": Case(models.GroupedQuery, image(8, 6), {"q.weight": 2, "q.weight#2": 3, "v.weight": 3}, small=small_gqa, form="any"),
+    "grouped query": Case(
+        models.GroupedQuery, image(8, 6), {"q.weight": 2, "q.weight#2": 2, "q.weight#3": 3, "v.weight": 3}, small=small_gqa, form="any"
+    ),
 }

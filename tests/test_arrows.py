@@ -18,7 +18,7 @@ FLOORS = (
     ("pruning", "quantization", "distillation"),
     ("architecture",),
     ("report",),
-    ("pipeline", "verbs", "result"),
+    ("pipeline", "verbs", "result", "extend"),
     ("cli",),
 )
 TOGETHER = (FLOORS[0], FLOORS[9])

@@ -95,7 +95,9 @@ class Product(nn.Module):
 
 def test_a_plain_factor_may_follow_by_itself() -> None:
     torch.manual_seed(0)
-    made = halved(Product().double().eval(), (torch.randn(2, 6).double(),))
+    model = Product().double().eval()
+    graph = understand(model, (torch.randn(2, 6).double(),))
+    made = cut(model, graph, Plan(graph.program.fingerprint, {"a.weight": (0, 2, 3, 7)}))
     assert made.form == "module" and made.model.repeats == 2, made.reason
 
 

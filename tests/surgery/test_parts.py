@@ -328,3 +328,18 @@ def test_a_detector_of_torchvision_is_cut_in_its_backbone() -> None:
     result = cut_parts(model, parts, parts.plans({g.name: range((g.size + 1) // 2) for g in parts.groups}))
     assert result.proof.holds and type(result.model) is type(model)
     assert sum(p.numel() for p in result.model.backbone.parameters()) < 0.6 * sum(p.numel() for p in model.backbone.parameters())
+
+
+class Measuring(EarlyExit):
+    """The outer code reads the size of a weight inside a part."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.first.a.weight.shape[0]
+
+
+def test_sizes_that_are_read_outside_their_part_are_frozen() -> None:
+    model, parts = built(Measuring(), image())
+    assert "first.a.weight" not in {g.name for g in parts.groups} and "second.a.weight" in {g.name for g in parts.groups}
+    result = cut_parts(model, parts, parts.plans({"second.a.weight": (0, 5)}))
+    x = torch.randn(3, 3, 8, 8).double()
+    assert torch.allclose(result.model(x), zeroed(model, {"second.b.weight": (1, 2, 3, 4, 6)})(x))

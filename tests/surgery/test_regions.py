@@ -110,7 +110,7 @@ CHAINS = {"grouped": "g", "chunks": "c", "resnet": "layers.2.conv2"}
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_a_chain_is_skipped_only_where_both_ends_keep_the_same(name: str) -> None:
-    model, graph = understood(name)
+    _, graph = understood(name)
     region = graph.region(CHAINS[name])
     assert not region.residual
     widths = random_plan(CASES[name], graph, 3).widths

@@ -53,7 +53,8 @@ def capture(model: nn.Module, example: Any, *, training: bool = False, evaluatio
         evaluation: the evaluation program of the same model, if there is one already; ``training`` needs its fingerprint.
 
     Raises:
-        ModelError: if the model does not run on the example, cannot be exported, or has NaN in its weights.
+        ModelError: if the model does not run on the example, cannot be exported, has NaN in its weights, or changes its own
+            tensors in evaluation mode (a program has no memory from one call to the next).
     """
     check_kind(model)
     call = call_of(example)
@@ -118,7 +119,7 @@ def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], r
     try:
         with recorder:
             exported = export()
-        return _program(model, exported, recorder, (args, kwargs), remarks, export)
+        return _program(model, exported, recorder, (args, kwargs), remarks, export, training)
     except ModelError:
         raise
     except Exception as error:
@@ -138,7 +139,9 @@ def _check_weights(model: nn.Module) -> None:
             raise ModelError(f"the model's {name!r} holds {bad} NaN or infinite values of {tensor.numel()}; repair the weights first")
 
 
-def _program(model: nn.Module, exported: Any, recorder: Recorder, inputs: Any, remarks: list[str], export: Callable[[], Any]) -> Program:
+def _program(
+    model: nn.Module, exported: Any, recorder: Recorder, inputs: Any, remarks: list[str], export: Callable[[], Any], training: bool
+) -> Program:
     signature = exported.graph_signature
     graph, renamed = flat_copy(exported.graph_module)
     sources = locate(recorder.calls, renamed)
@@ -149,16 +152,16 @@ def _program(model: nn.Module, exported: Any, recorder: Recorder, inputs: Any, r
     _check_inputs(graph, user, asked)
     tensors, aliases = _owned(model, names, exported.constants)
     trainable = frozenset(signature.inputs_to_parameters.values())
-    parameters = {node for node, name in names.items() if name in trainable}
-    changed, again = make_functional(clean(graph), set(names) - parameters)
+    counters = _counters(model)
+    loose = counters if not training else set(names.values()) - trainable
+    changed, again = make_functional(clean(graph), {node for node, name in names.items() if name in loose})
     origins = origins_of(without_unused(graph))
     _check_sizes(graph, origins)
     remarks = [*remarks, *hook_remarks(model)]
-    kept = _counters(model)
     remarks.extend(
         f"forward changes the buffer {names[c]!r}: the program computes with the change and does not keep it"
         for c in changed
-        if names[c] not in kept
+        if names[c] not in counters
     )
     flat, spec = pytree.tree_flatten(inputs)
     static = static_inputs(graph, user, batch_of(inputs) or 0) if not remarks or "batch" not in remarks[0] else []

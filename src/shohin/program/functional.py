@@ -39,7 +39,7 @@ def make_functional(graph: fx.Graph, buffers: Collection[str] = ()) -> tuple[lis
         The buffer placeholders that forward changes, and {node made again: node that it repeats}.
 
     Raises:
-        ModelError: where an input or a parameter is changed, or an operator or a view has no functional form, with its line.
+        ModelError: where an input, a parameter or another buffer is changed, or an operator or a view has no functional form, with its line.
     """
     memory, changed, dead = Memory(graph), dict[str, None](), []
     for node in list(graph.nodes):
@@ -53,7 +53,7 @@ def make_functional(graph: fx.Graph, buffers: Collection[str] = ()) -> tuple[lis
         base = memory.base(target)
         if base.op == "placeholder" and base.name not in buffers and name != "detach_":
             raise ModelError(
-                f"an input or parameter ({base.name}) is changed in place{where(node)}; use the operator without the underscore"
+                f"an input, parameter or buffer ({base.name}) is changed in place{where(node)}; use the operator without the underscore"
             )
         if base.op == "placeholder" and name != "detach_":
             changed[base.name] = None

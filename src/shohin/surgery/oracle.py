@@ -23,7 +23,27 @@ from shohin.program import Program, family
 #: operators that compute statistics and keep the shape
 NORMALIZE = frozenset({"layer_norm", "group_norm", "rms_norm", "native_layer_norm", "native_group_norm"})
 #: operators whose value changes when zeros are among what they reduce
-AVERAGE = frozenset({"mean", "var", "std", "var_mean", "std_mean", "logsumexp", "softmax", "log_softmax", "sum", "max", "min", "linalg_vector_norm", "amax", "amin", "prod", "median", "quantile"})
+AVERAGE = frozenset(
+    {
+        "mean",
+        "var",
+        "std",
+        "var_mean",
+        "std_mean",
+        "logsumexp",
+        "softmax",
+        "log_softmax",
+        "sum",
+        "max",
+        "min",
+        "linalg_vector_norm",
+        "amax",
+        "amin",
+        "prod",
+        "median",
+        "quantile",
+    }
+)
 #: operators that make one element of a computed weight depend on others
 ENTANGLE = (
     AVERAGE | NORMALIZE | {"_weight_norm", "_weight_norm_interface", "norm", "linalg_vector_norm", "sum", "batch_norm", "linalg_norm"}

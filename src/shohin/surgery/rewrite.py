@@ -16,6 +16,7 @@ from shohin.errors import PlanError
 from shohin.graph import Graph, kept_indices
 from shohin.graph.labels.core import Array, Labels
 from shohin.graph.labels.movement import MOVEMENT
+from shohin.graph.labels.recurrent import FILLED
 from shohin.plan import Plan
 from shohin.program import family
 from shohin.surgery.follow import FOLLOW
@@ -61,7 +62,7 @@ def attempt(graph: Graph, plan: Plan) -> tuple[Rewritten, dict[str, CannotRewrit
         if node.op != "call_function":
             continue
         try:
-            if node.name in graph.constants:
+            if node.name in graph.constants and not _fills(graph, node):
                 _take_part(work, node, copy)
             elif _touched(work, node):
                 _follow(work, node, copy)
@@ -70,6 +71,11 @@ def attempt(graph: Graph, plan: Plan) -> tuple[Rewritten, dict[str, CannotRewrit
             failed[node.name] = CannotRewrite(f"{origin.address}: {error}" + (f" ({origin.line})" if origin.line else ""))
     _drop_unused(result, program.names)
     return Rewritten(result, kept, tuple(work.changes), tuple(work.mended), program.tensors, work.scaled), failed
+
+
+def _fills(graph: Graph, node: fx.Node) -> bool:
+    """True for a tensor of one value that no other constant is made of: its sizes follow, as the class's own would."""
+    return family(node) in FILLED and all(u.name not in graph.constants for u in node.users)
 
 
 def _check_skips(work: Work, plan: Plan, by_name: Mapping[str, fx.Node]) -> None:

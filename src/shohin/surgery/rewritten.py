@@ -68,7 +68,7 @@ class Rewritten:
         rows, factor = self.scaled[name]
         kept = self.kept.get(name, {}).get(0)
         index = torch.arange(len(part)) if kept is None else torch.from_numpy(kept)
-        factors = torch.where(torch.isin(index, rows), factor, 1.0).to(part)
+        factors = torch.ones(len(part), dtype=torch.float64).masked_fill(torch.isin(index, rows), factor).to(part)
         return part * factors.reshape(-1, *[1] * (part.dim() - 1))
 
     def slice(self, name: str, tensor: Tensor) -> Tensor:

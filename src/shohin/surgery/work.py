@@ -134,7 +134,11 @@ def _constants(size: Any) -> list[tuple[fx.Node, int, int]]:
 def _rebuilt(work: Work, size: fx.Node, factor: fx.Node, position: int, value: int) -> fx.Node:
     """The product again, with another constant in one of its multiplications."""
     args: list[Any] = [
-        value if size is factor and i == position else _rebuilt(work, a, factor, position, value) if _holds(a, factor) else work.new.get(a, a)
+        value
+        if size is factor and i == position
+        else _rebuilt(work, a, factor, position, value)
+        if _holds(a, factor)
+        else work.new.get(a, a)
         for i, a in enumerate(arguments(size))
     ]
     last = max((work.new[size], *(a for a in args if isinstance(a, fx.Node))), key=lambda n: n._sort_key)

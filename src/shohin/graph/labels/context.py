@@ -132,7 +132,8 @@ class Context:
                 self.bind(weight, axis, self.classes.fresh(weight.shape[axis]))
             if not weight.constant:
                 self.produced.add((weight.name, axis))
-            weight = Labels(tuple(p for p in weight.planes if p.shape[axis] > 1), weight.shape)
+        planes = weight.planes if isinstance(weight, Parameter) else self.labels(weight).planes
+        weight = Labels(tuple(p for p in planes if p.shape[axis] > 1), tuple(weight.shape))
         others = [d for d in range(len(weight.shape)) if d != axis]
         x = self.collapse(self.labels(weight), others)
         return self.classes.find(x.along(axis))

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from shohin.graph.labels.context import Context, Parameter
-from shohin.graph.labels.core import Array, Labels, axes_of, expanded, from_tensor
+from shohin.graph.labels.core import Array, Labels, axes_of, expanded, from_tensor, line
 from shohin.graph.labels.rules import rule
 from shohin.program import concrete, family
 from shohin.program.nodes import arguments, flatten, run
@@ -33,8 +33,6 @@ MOVEMENT = [
     "unbind",
     "squeeze",
     "unsqueeze",
-    "expand",
-    "expand_as",
     "repeat",
     "repeat_interleave",
     "movedim",
@@ -80,13 +78,15 @@ MOVEMENT = [
     "atleast_2d",
     "atleast_3d",
 ]
+EXPAND = ("expand", "expand_as", "broadcast_to")
+MOVEMENT += ["expand", "expand_as"]
 #: how many of the first arguments are moved, where it is not one
 MOVED = {"select_scatter": 2, "slice_scatter": 2}
 #: movements that take an index tensor
 INDEXING = frozenset(["index", "index_select", "repeat_interleave"])
 
 
-@rule(*MOVEMENT)
+@rule(*(name for name in MOVEMENT if name not in EXPAND))
 def movement(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
     """Runs the operator on labels, plane by plane. Index tensors keep their values where these are known."""
     if family(node) in INDEXING and not _can_index(context, node, args):
@@ -105,6 +105,17 @@ def movement(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
             found.append(from_tensor(value))
     out = [context.tidy(found, shape) for found, shape in zip(results, shapes, strict=True)]
     return out[0] if isinstance(node.meta["val"], torch.Tensor) else out
+
+
+@rule(*EXPAND)
+def expand(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
+    """An axis of size 1 that is repeated may be repeated less often: it gets labels of its own. The batch never does."""
+    moved = movement(context, node, args)
+    sizes = node.meta["val"].shape
+    lead = len(sizes) - len(args[0].shape)
+    repeated = [d for d, n in enumerate(sizes) if isinstance(n, int) and n > 1 and d >= lead and args[0].shape[d - lead] == 1]
+    fresh = [line(d, context.classes.fresh(int(sizes[d])), len(sizes)) for d in repeated]
+    return context.tidy([*moved.planes, *fresh], moved.shape)
 
 
 def _layers(context: Context, sources: dict[int, Labels]) -> list[dict[int, Array]]:
