@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from shohin.data import Call
 from shohin.errors import DataError
 from shohin.program.inputs import arranged
-from shohin.program.nodes import arguments, run
+from shohin.program.nodes import arguments, callable_of, run
 from shohin.program.program import Program
 
 
@@ -123,6 +123,8 @@ def _compile(graph: fx.Graph, names: Mapping[str, str], taps: tuple[str, ...], *
             copy.output(tuple(outputs) + tuple(by_name[t] for t in taps))
         else:
             mapping[node] = copy.node_copy(node, lambda n: mapping[n])
+            if node.op == "call_function":
+                mapping[node].target = callable_of(node)
             if training:
                 _set_training(mapping[node])
     code = copy.python_code("self")

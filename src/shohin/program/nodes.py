@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
 
@@ -17,9 +18,14 @@ def argument(node: fx.Node, position: int, default: Any = None) -> Any:
     return node.args[position] if len(node.args) > position else default
 
 
+def callable_of(node: fx.Node) -> Any:
+    """What runs for a node: what stays of a tensor may lie in memory as a view would not allow, so views may copy."""
+    return torch.ops.aten.reshape.default if node.target is torch.ops.aten.view.default else node.target
+
+
 def run(node: fx.Node, args: Any, kwargs: Any) -> Any:
     """The operator of a node, called."""
-    target: Any = node.target
+    target: Any = callable_of(node)
     return target(*args, **kwargs)
 
 

@@ -89,11 +89,11 @@ INDEXING = frozenset(["index", "index_select", "repeat_interleave"])
 @rule(*(name for name in MOVEMENT if name not in EXPAND))
 def movement(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
     """Runs the operator on labels, plane by plane. Index tensors keep their values where these are known."""
-    if family(node) in INDEXING and not _can_index(context, node, args):
-        return NotImplemented
     if family(node) in INDEXING and isinstance(args[0], Parameter):  # a table: its rows are chosen by number
         rows = range(len(args[1])) if family(node) == "index" else [args[1] % len(args[0].shape)] if len(args) > 2 else []
         context.fixed(args[0], [d for d in rows if d not in args[0].bound and not (family(node) == "index" and args[1][d] is None)])
+    if family(node) in INDEXING and not _can_index(context, node, args):
+        return NotImplemented
     moved = [v for v in flatten(args[: MOVED.get(family(node), 1)]) if isinstance(v, (Labels, Parameter, torch.Tensor))]
     sources = {id(v): context.labels(v) for v in moved}
     shapes = [tuple(concrete(s) for s in t.shape) for t in flatten(node.meta["val"])]

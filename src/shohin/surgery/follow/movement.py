@@ -16,11 +16,9 @@ from shohin.surgery.work import Work, axis_of, set_argument, set_sizes
 
 @follow("view", "reshape", "expand")
 def view(work: Work, node: fx.Node, copy: fx.Node) -> None:
-    """The sizes that stay. What stays of a tensor may lie in memory as a view would not allow."""
+    """The sizes that stay."""
     labels = work.of(node)
     if labels is not None:
-        if family(node) == "view":
-            copy.target = torch.ops.aten.reshape.default
         set_sizes(work, node, copy, 1, work.shape(labels), labels.shape)
 
 
