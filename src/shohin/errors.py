@@ -14,6 +14,10 @@ class ModelError(ShohinError):
     """The model cannot be run, captured or cut as asked."""
 
 
+class CaptureError(ModelError):
+    """The model runs, but cannot be captured as one program; its sub-modules may."""
+
+
 class DataError(ShohinError):
     """The data, the metric or the loss is unusable."""
 

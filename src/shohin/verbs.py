@@ -10,31 +10,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from shohin.addresses import match
 from shohin.budget import Budget
 from shohin.candidate import Candidate, Measurement, Metrics
 from shohin.data import Call, Data
-from shohin.errors import DataError, ModelError, PlanError, RunError
+from shohin.errors import CaptureError, DataError, ModelError, PlanError, RunError
 from shohin.graph import Graph
 from shohin.graph.describe import layer_details
 from shohin.graph.memory import Memory, memory
 from shohin.plan import Plan
 from shohin.program import capture, unfold_state
 from shohin.result import Result
+from shohin.surgery import Parts, understand_parts
 from shohin.surgery import understand as _understand
 from shohin.targets import Target, get_target
 from shohin.training.randomness import generators_of, isolated, mix, seed_everything
 
 #: graphs of models that `understand` has seen, so that `cut(model, plan)` needs no example again
-_GRAPHS: weakref.WeakKeyDictionary[nn.Module, Graph] = weakref.WeakKeyDictionary()
+_GRAPHS: weakref.WeakKeyDictionary[nn.Module, Graph | Parts] = weakref.WeakKeyDictionary()
 
 
-def understand(model: nn.Module, example: Any) -> Graph:
+def understand(model: nn.Module, example: Any) -> Graph | Parts:
     """What can be chosen in a model: ``.groups``, ``.regions``, ``.sites``, ``.costs``, ``.frozen``.
+
+    A model that cannot be captured as a whole (a branch or a size that depends on values) gives `Parts`: the groups and
+    regions of the largest sub-modules that can, and in ``.frozen`` what refused, and why. `cut` takes plans for either.
 
     Args:
         example: arguments of one call: a tensor, a tuple, or a `shohin.Data`. Dimension 0 is the batch.
@@ -42,14 +44,29 @@ def understand(model: nn.Module, example: Any) -> Graph:
     Raises:
         ModelError: if the model does not run on the example or cannot be captured.
     """
-    if isinstance(example, Data):
-        with _seeded(example, 0):
-            example = example.example()
-    elif isinstance(example, Tensor):
-        example = (example,)
-    graph = _understand(model, example)
+    call = _call(example)
+    try:
+        graph: Graph | Parts = _understand(model, call)
+    except CaptureError:
+        graph = understand_parts(model, call)
+        if not graph.groups and not graph.regions:
+            raise
     _GRAPHS[model] = graph
     return graph
+
+
+def _whole(model: nn.Module, example: Any) -> Graph:
+    """The graph of a model that must be captured as a whole."""
+    graph = _understand(model, _call(example))
+    _GRAPHS[model] = graph
+    return graph
+
+
+def _call(example: Any) -> Any:
+    if isinstance(example, Data):
+        with _seeded(example, 0):
+            return example.example()
+    return (example,) if isinstance(example, Tensor) else example
 
 
 @contextmanager
@@ -69,7 +86,7 @@ def _checked(data: Any) -> Data:
     return data
 
 
-def _graph(model: nn.Module, example: Any) -> Graph:
+def _graph(model: nn.Module, example: Any) -> Graph | Parts:
     if example is not None:
         return understand(model, example)
     if model not in _GRAPHS:
@@ -88,15 +105,20 @@ def cut(model: nn.Module, plan: Plan, example: Any = None) -> nn.Module:
         PlanError: if the plan is for another model. ModelError: if there is no example.
     """
     from shohin.surgery import cut as cut_
+    from shohin.surgery import cut_parts
 
-    return cut_(model, _graph(model, example), plan).model
+    graph = _graph(model, example)
+    return cut_parts(model, graph, graph.split(plan)).model if isinstance(graph, Parts) else cut_(model, graph, plan).model
 
 
 def view(model: nn.Module, plan: Plan, example: Any = None) -> nn.Module:
     """The model seen through a plan, as a program with sliced tensors. Arguments and errors as for `cut`."""
     from shohin.surgery import view as view_
 
-    return view_(_graph(model, example), plan)
+    graph = _graph(model, example)
+    if isinstance(graph, Parts):
+        raise ModelError("a model that is captured by its sub-modules has no program of its own to view: use shohin.cut(model, plan)")
+    return view_(graph, plan)
 
 
 def prune(
@@ -110,6 +132,7 @@ def prune(
     *,
     epochs: int = 5,
     align: int = 8,
+    uniform: bool = False,
     seed: int = 0,
 ) -> Candidate:
     """Removes units so that at most ``keep`` of the model's ``of`` is left.
@@ -124,6 +147,8 @@ def prune(
             "distill" (that, then ``epochs`` of distillation from the original); or "auto": "compensate" if ``data`` has
             batches, else None.
         align: kept channels are multiples of this.
+        uniform: for a model of Hugging Face ``transformers``: the same share in all layers, which its configuration can express,
+            so that ``save_pretrained`` and ``from_pretrained`` work. ``align`` is not used then.
         seed: of everything random, the order of the loaders too.
 
     Returns:
@@ -134,14 +159,7 @@ def prune(
         DataError: if batches are needed and there are none.
     """
     from shohin.pipeline.job import load_tensors, own_tensors
-    from shohin.pipeline.timing import group_counts, plan_of
-    from shohin.planning.choice import Choice
-    from shohin.planning.features import Features
-    from shohin.planning.latency import LatencyModel
-    from shohin.planning.loss import loss_table
-    from shohin.planning.options import GroupOptions
-    from shohin.planning.relinearize import plan_for_budget
-    from shohin.planning.resources import Costs
+    from shohin.pipeline.share import magnitudes, uniform_cut, widths_within
     from shohin.pruning.layerwise import refit
     from shohin.pruning.saliency import group_saliency
     from shohin.surgery import cut_sharing_values
@@ -160,31 +178,22 @@ def prune(
         if recover is not None:
             raise DataError(f"recover={recover!r} needs batches: give Data(train=loader), or recover=None")
     with _seeded(data, seed):
-        graph = understand(model, data)
+        graph = _whole(model, data)
         calls = _calibration(data, seed) if data.has_batches else []
         if criterion == "taylor":
             saliency = {n: s.tolist() for n, s in group_saliency(graph, data, calls, seed=seed).items()}
         else:
-            saliency = _magnitudes(graph)
-        options = [
-            GroupOptions(g.name, g.size, g.counts, loss_table(saliency[g.name], g.counts)) for g in group_counts(graph, align).values()
-        ]
-        features = Features(graph.costs)
-        full = Choice(graph.sizes)
-        costs = Costs(LatencyModel(features, np.zeros(len(features.names)), (full,), np.ones(1), 0.0))  # no time is asked for here
-        whole = costs.of(full, [of])[of]
-        planned = plan_for_budget(costs, options, [], {of: keep * whole})
-        if not planned.feasible:
-            raise PlanError(
-                f"keep={keep} of {of} cannot be reached: {planned.binding}; frozen: {', '.join(f.address for f in graph.frozen[:4])}"
-            )
-        plan = plan_of(graph, planned.choice, saliency)
-        made = cut_sharing_values(model, graph, plan)
+            saliency = magnitudes(graph)
+        if uniform:
+            plan, left, made = uniform_cut(model, graph, keep, of, saliency)
+        else:
+            plan, left = widths_within(graph, keep, of, align, saliency)
+            made = cut_sharing_values(model, graph, plan)
         notes: dict[str, Any] = {
             "form": made.form,
             "form_reason": made.reason,
             "proof": made.proof.error,
-            "left": planned.predicted[of] / whole,
+            "left": left,
         }
         if recover is not None and not plan.is_identity:
             start = made.rewritten.sliced()
@@ -193,19 +202,6 @@ def prune(
         if recover == "distill" and not plan.is_identity:
             notes["training"] = _distilled(made.model, model, data, epochs, seed)
         return Candidate("pruned", plan, made.model, None, {}, None, _static(graph, plan, made.model), notes, made.removed)
-
-
-def _magnitudes(graph: Graph) -> dict[str, list[float]]:
-    """Squared weights of the producing slices (axis 0) of each unit (Li et al. 2017, 1608.08710, with L2)."""
-    out = {}
-    for group in graph.groups:
-        total = torch.zeros(group.size, dtype=torch.float64)
-        for name, axes in group.slices.items():
-            tensor = graph.program.tensors[name].detach().double()
-            if 0 in axes and tensor.dim() > 1:
-                total += tensor.square().flatten(1).sum(1)[torch.from_numpy(axes[0])].sum(1)
-        out[group.name] = total.tolist()
-    return out
 
 
 def _calibration(data: Data, seed: int, samples: int = 256) -> list[Call]:
@@ -425,7 +421,7 @@ def profile(model: nn.Module, data: Data, target: str | Target = "onnxruntime", 
 
     goal = get_target(target)
     with _seeded(_checked(data), seed), tempfile.TemporaryDirectory(prefix="shohin-") as folder, Run(folder, {"version": 1}) as run:
-        graph = understand(model, data)
+        graph = _whole(model, data)
         job = Job(run, model, data, goal, Budget(), seed, graph, None, frozenset(("quantize", "skip")), False)
         run.append("precisions", "", {name: 0.0 for name in precisions(job) if name in MAIN})  # times need no losses
         profile_(job, lambda: None)

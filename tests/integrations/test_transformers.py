@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import shohin
 from shohin.data import Call
 from shohin.errors import PlanError
 from shohin.graph import Graph
@@ -131,3 +132,26 @@ def test_a_share_that_nothing_reaches_is_refused() -> None:
 def test_the_whole_model_is_a_uniform_plan() -> None:
     model, graph = understood("llama")
     assert uniform(graph, model, 1.0).is_identity
+
+
+def test_uniform_pruning_is_saved_and_loaded_by_the_configuration(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(
+        vocab_size=60,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=32,
+        use_cache=False,
+    )
+    model = tf.LlamaForCausalLM(config).eval()
+    ids = torch.randint(0, 60, (2, 7))
+    before = model.config.to_dict()
+    candidate = shohin.prune(model, shohin.Data(example=(ids,)), keep=0.6, of="params", criterion="magnitude", uniform=True, recover=None)
+    assert candidate.notes["left"] <= 0.6 and model.config.to_dict() == before
+    candidate.model.save_pretrained(tmp_path)
+    again = tf.LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, candidate.model(ids).logits)

@@ -8,7 +8,7 @@ import traceback
 import torch
 from torch import nn
 
-from shohin.errors import ModelError
+from shohin.errors import CaptureError, ModelError
 
 _OURS = tuple(os.path.dirname(f) + os.sep for f in (os.path.abspath(torch.__file__), os.path.dirname(os.path.abspath(__file__))))
 
@@ -59,20 +59,20 @@ def check_kind(model: object) -> None:
             )
 
 
-def explained(error: BaseException) -> ModelError:
-    """The error of an export as a ModelError that says what to do."""
+def explained(error: BaseException) -> CaptureError:
+    """The error of an export as a CaptureError that says what to do."""
     where, text = user_line(error), str(error)
     kind = type(error).__name__
     if kind in ("GuardOnDataDependentSymNode", "DataDependentOutputException", "UserError") and "data-dependent" in text.lower():
         if "Eq(u" in text or "Ne(u" in text:
-            return ModelError(f"the model takes a branch that depends on the values of the input{where}; {_STATIC}")
-        return ModelError(
+            return CaptureError(f"the model takes a branch that depends on the values of the input{where}; {_STATIC}")
+        return CaptureError(
             f"the model makes Python numbers of the values of the input, and a size or branch depends on them{where}; {_STATIC}"
         )
     if ".numpy() is not supported" in text or "__array__" in text or ("numpy" in text and isinstance(error, (RuntimeError, TypeError))):
-        return ModelError(f"the model leaves torch for numpy{where}; write this with torch operators; or {_STATIC}")
+        return CaptureError(f"the model leaves torch for numpy{where}; write this with torch operators; or {_STATIC}")
     if "dynamic shape operator" in text or "DynamicOutputShapeException" in kind:
-        return ModelError(f"the shape of a tensor depends on the values of the input{where}; {_STATIC}")
+        return CaptureError(f"the shape of a tensor depends on the values of the input{where}; {_STATIC}")
     if "is a view and is being modified inplace" in text:
-        return ModelError(f"one of several views is changed in place, which torch cannot differentiate{where}; write it without in place")
-    return ModelError(f"the model runs but cannot be captured as a graph: {first_lines(error)}{where}")
+        return CaptureError(f"one of several views is changed in place, which torch cannot differentiate{where}; write it without in place")
+    return CaptureError(f"the model runs but cannot be captured as a graph: {first_lines(error)}{where}")

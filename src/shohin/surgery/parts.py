@@ -6,6 +6,7 @@ so that a cut part fits where the whole one was.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -58,6 +59,22 @@ class Parts:
     def regions(self) -> tuple[str, ...]:
         """Names of the regions of all parts, with the part's path in front."""
         return tuple(_join(path, region.name) for path, graph in self.graphs.items() for region in graph.regions)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Group name -> number of units."""
+        return {group.name: group.size for group in self.groups}
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the parts' paths and fingerprints: what a plan for the whole model is made for."""
+        text = ";".join(f"{path}={graph.program.fingerprint}" for path, graph in self.graphs.items())
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def split(self, plan: Plan) -> dict[str, Plan]:
+        """A plan with prefixed names as one plan for each part. Raises PlanError if it is for another model."""
+        plan.check(self.fingerprint, self.sizes, self.regions)
+        return self.plans(plan.widths, plan.skips)
 
     def plans(self, widths: Mapping[str, Iterable[int]], skips: Iterable[str] = ()) -> dict[str, Plan]:
         """One plan for each part, from choices under prefixed names (those of `groups` and `regions`).
