@@ -1,5 +1,6 @@
 # make demo: the main job on real data.  make test: everything that must hold.  make sweep: many known architectures, cut and
-# compared (hours; goes on where it stopped).  All set up .venv on first use.
+# compared (hours; goes on where it stopped).  make benchmark-understand: beside Torch-Pruning (an hour; likewise).  All set up .venv
+# on first use.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test sweep lint format setup clean
+.PHONY: demo test sweep benchmark-understand lint format setup clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -19,6 +20,9 @@ test: setup $(VENV)/.browser lint
 
 sweep: setup
 	$(ONE_THREAD) PYTHONPATH=benchmarks $(BIN)/python -m sweep $(SWEEP)
+
+benchmark-understand: setup $(VENV)/.understand
+	$(ONE_THREAD) $(BIN)/python benchmarks/understand.py $(UNDERSTAND)
 
 lint: setup
 	$(BIN)/ruff check
@@ -52,6 +56,11 @@ $(VENV)/.examples: examples/requirements.txt $(VENV)/.installed
 # torchvision without its dependencies: its wheel asks for another build of torch; only its Python code is used
 $(VENV)/.sweep: benchmarks/sweep/requirements.txt $(VENV)/.installed
 	$(PIP) install --no-deps --requirement benchmarks/sweep/requirements.txt
+	@touch $@
+
+# the peer, without its dependencies: it asks for torch alone
+$(VENV)/.understand: benchmarks/understanding/requirements.txt $(VENV)/.installed
+	$(PIP) install --no-deps --requirement benchmarks/understanding/requirements.txt
 	@touch $@
 
 # some tests open the report in a browser; they are skipped, and say so, where none can be had

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-
 from rule_kit import aten, image, own, pair, sequence, vector
+from torch import nn
 
 
 def positive(x):
@@ -61,26 +60,101 @@ CALLS = {
     "bernoulli": lambda x: x * torch.bernoulli((x > 0).double()),
     "real": lambda x: paired(x).real,
     "imag": lambda x: paired(x).imag,
-    "conj": lambda x: paired(x).conj().imag,
+    "_conj": lambda x: paired(x).conj().imag,
     "resolve_conj": lambda x: paired(x).conj().resolve_conj().imag,
     "angle": lambda x: paired(x).angle(),
-    "contiguous": lambda x: x.contiguous(),
+    "contiguous": lambda x: x.t().contiguous().t(),
     "positive": lambda x: +x,
+    "log10": lambda x: positive(x).log10(),
+    "acosh": lambda x: (positive(x) + 1).acosh(),
+    **{name: (lambda f: lambda x: f(unit(x)))(getattr(aten, name)) for name in ("asin", "acos", "atanh", "erfinv", "lgamma", "digamma")},
+    "signbit": lambda x: x * x.signbit(),
+    "clip": lambda x: x.clip(-0.5, 0.5),
+    "fill": lambda x: x + aten.fill(x, 0.5),
 }
-PLAIN = (
-    "relu relu6 leaky_relu elu selu celu gelu silu mish hardsigmoid hardswish sigmoid log_sigmoid tanh softplus exp square abs absolute "
-    "negative special_expit erfc neg sin cos erf sign floor ceil round clone detach alias lift_fresh_copy nan_to_num expm1 atan hardshrink "
-    "softshrink trunc frac"
-).split()
+PLAIN = [
+    "relu",
+    "relu6",
+    "leaky_relu",
+    "elu",
+    "selu",
+    "celu",
+    "gelu",
+    "silu",
+    "mish",
+    "hardsigmoid",
+    "hardswish",
+    "sigmoid",
+    "log_sigmoid",
+    "tanh",
+    "softplus",
+    "exp",
+    "square",
+    "abs",
+    "absolute",
+    "negative",
+    "special_expit",
+    "erfc",
+    "neg",
+    "sin",
+    "cos",
+    "erf",
+    "sign",
+    "floor",
+    "ceil",
+    "round",
+    "clone",
+    "detach",
+    "alias",
+    "lift_fresh_copy",
+    "nan_to_num",
+    "expm1",
+    "atan",
+    "hardshrink",
+    "softshrink",
+    "trunc",
+    "exp2",
+    "sinh",
+    "cosh",
+    "asinh",
+    "arctan",
+    "sgn",
+    "fix",
+    "deg2rad",
+    "frac",
+]
 #: two tensors in; what they give that is not a number multiplies the first
 BINARY = {
-    **{name: getattr(aten, name) for name in "add multiply subtract sub mul maximum minimum fmax fmin copysign rsub atan2 hypot".split()},
-    **{name: (lambda f: lambda x, y: x * f(x, y))(getattr(aten, name)) for name in "greater less greater_equal less_equal not_equal".split()},
-    **{name: (lambda f: lambda x, y: x * f(x.round(), y.round()))(getattr(aten, name)) for name in "eq ne lt le gt ge".split()},
-    **{name: (lambda f: lambda x, y: f(x, positive(y)))(getattr(aten, name)) for name in "div divide true_divide fmod remainder".split()},
-    **{name: (lambda f: lambda x, y: x * f(x > 0, y > 0))(getattr(aten, name)) for name in "logical_and logical_or logical_xor".split()},
-    **{name: (lambda f: lambda x, y: x * f(x > 0, y > 0))(getattr(aten, name)) for name in "bitwise_and bitwise_or bitwise_xor".split()},
-    "floor_divide": lambda x, y: x * torch.floor_divide(x, positive(y)),
+    **{
+        name: getattr(aten, name)
+        for name in [
+            "add",
+            "multiply",
+            "subtract",
+            "sub",
+            "mul",
+            "maximum",
+            "minimum",
+            "fmax",
+            "fmin",
+            "copysign",
+            "rsub",
+            "atan2",
+            "hypot",
+        ]
+    },
+    **{
+        name: (lambda f: lambda x, y: x * f(x, y))(getattr(aten, name))
+        for name in ["greater", "less", "greater_equal", "less_equal", "not_equal"]
+    },
+    **{name: (lambda f: lambda x, y: x * f(x.round(), y.round()))(getattr(aten, name)) for name in ["eq", "ne", "lt", "le", "gt", "ge"]},
+    **{
+        name: (lambda f: lambda x, y: f(x, positive(y)))(getattr(aten, name))
+        for name in ["div", "divide", "true_divide", "fmod", "remainder"]
+    },
+    **{name: (lambda f: lambda x, y: x * f(x > 0, y > 0))(getattr(aten, name)) for name in ["logical_and", "logical_or", "logical_xor"]},
+    **{name: (lambda f: lambda x, y: x * f(x > 0, y > 0))(getattr(aten, name)) for name in ["bitwise_and", "bitwise_or", "bitwise_xor"]},
+    "floor_divide": lambda x, y: x * torch.floor_divide(x.detach(), positive(y).detach()),
     "pow": lambda x, y: positive(x).pow(y),
     "float_power": lambda x, y: positive(x).float_power(y),
     "where": lambda x, y: torch.where(x > y, x, y),
@@ -89,6 +163,9 @@ BINARY = {
     "addcmul": lambda x, y: torch.addcmul(x, x, y),
     "addcdiv": lambda x, y: torch.addcdiv(x, x, positive(y)),
     "xlogy": lambda x, y: torch.xlogy(x, positive(y)),
+    **{name: getattr(aten, name) for name in ("logaddexp", "logaddexp2")},
+    "heaviside": lambda x, y: y * torch.heaviside(x.detach(), y.detach()),
+    "ldexp": lambda x, y: torch.ldexp(x, y.detach()),
     "complex": lambda x, y: torch.complex(x, y).abs(),
     "polar": lambda x, y: torch.polar(positive(x), y).imag,
 }
@@ -99,10 +176,27 @@ def _scaled(s, x):
     return s.b(s.a(x) * s.gain + s.place)
 
 
+def together(calls, arity=1, count=6):
+    """Several operators in one module, side by side, each between layers of its own: one capture for all of them."""
+    names = list(calls)
+    return dict(_beside({name: calls[name] for name in names[i : i + count]}, arity) for i in range(0, len(names), count))
+
+
+def _beside(calls, arity):
+    def forward(s, x):
+        return sum(s.get_submodule(f"{n}_out")(call(*(s.get_submodule(f"{n}_{i}")(x) for i in range(arity)))) for n, call in calls.items())
+
+    def layers():
+        made = {f"{name}_{i}": nn.Linear(5, 6) for name in calls for i in range(arity)}
+        return made | {f"{name}_out": nn.Linear(6, 2) for name in calls}
+
+    return ", ".join(calls), own(" ".join(calls), forward, layers, (2, 5), {f"{name}_0.weight": 6 for name in calls})
+
+
 EXAMPLES = {
-    **{name: vector(name, getattr(aten, name)) for name in PLAIN},
-    **{name: vector(name, call) for name, call in CALLS.items()},
-    **{name: pair(name, call) for name, call in BINARY.items()},
+    **together({name: getattr(aten, name) for name in PLAIN}),
+    **together(CALLS),
+    **together(BINARY, 2),
     "clamp by tensors": pair("clamp", lambda x, y: x.clamp(y - 1, y + 1)),
     "prelu": image("prelu", lambda x: F.prelu(x, torch.full((1,), 0.2, dtype=x.dtype))),
     "prelu of each channel": own(
@@ -118,12 +212,17 @@ EXAMPLES = {
     "parameters that broadcast": own(
         "mul add",
         _scaled,
-        lambda: {"a": nn.Linear(5, 6), "b": nn.Linear(6, 2), "gain": nn.Parameter(torch.randn(6)), "place": nn.Parameter(torch.randn(3, 1))},
+        lambda: {
+            "a": nn.Linear(5, 6),
+            "b": nn.Linear(6, 2),
+            "gain": nn.Parameter(torch.randn(6)),
+            "place": nn.Parameter(torch.randn(3, 1)),
+        },
         (2, 3, 5),
         {"a.weight": 6},
     ),
     "a gate of one value": own(
-        "mul sigmoid",
+        "mul",
         lambda s, x: s.b(s.a(x) * s.gate(x).sigmoid()),
         lambda: {"a": nn.Linear(5, 6), "gate": nn.Linear(5, 1), "b": nn.Linear(6, 2)},
         (2, 3, 5),

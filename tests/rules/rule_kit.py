@@ -75,3 +75,9 @@ def pair(families, function, groups=None):
     """Two layers that meet: ``function(a(x), c(x)) -> b``, all of 6 units."""
     layers = lambda: {"a": nn.Linear(5, 6), "c": nn.Linear(5, 6), "b": nn.Linear(6, 2)}  # noqa: E731
     return own(families, lambda s, x: s.b(function(s.a(x), s.c(x))), layers, (2, 5), groups or {"a.weight": 6})
+
+
+def whole(function, shape=(2, 3, 5), out=6):
+    """``z -> a -> function -> b``, where ``function`` mixes what ``a`` makes: only ``z`` can be cut."""
+    layers = lambda: {"z": nn.Linear(5, 4), "a": nn.Linear(4, 6), "b": nn.Linear(out, 2)}  # noqa: E731
+    return own("", lambda s, x: s.b(function(s.a(s.z(x)))), layers, shape, {"z.weight": 4})

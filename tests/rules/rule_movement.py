@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import torch
+from rule_kit import aten, image, own, sequence, vector, whole
 from torch import nn
-
-from rule_kit import aten, image, own, sequence, vector
 
 
 def two(families, function, out, groups=None, first=4, second=6):
@@ -19,7 +18,7 @@ def halves(families, function, sizes=(3, 3), groups=None, shape=(2, 5)):
     """``[..., 5] -> a -> function -> pieces -> one layer each``, added up."""
 
     def forward(s, x):
-        return sum(layer(piece.tanh()) for layer, piece in zip((s.b, s.c, s.d), function(s.a(x)), strict=False))
+        return sum(layer(piece.tanh()) for layer, piece in zip((getattr(s, k, None) for k in "bcd"), function(s.a(x)), strict=False))
 
     layers = lambda: {"a": nn.Linear(5, sum(sizes)), **{k: nn.Linear(n, 2) for k, n in zip("bcd", sizes, strict=False)}}  # noqa: E731
     found = {"a.weight" + (f"#{i + 1}" if i else ""): n for i, n in enumerate(sizes)}
@@ -79,7 +78,7 @@ ORDER = {
     "numpy_T": vector("numpy_T", lambda x: aten.numpy_T(aten.numpy_T(x).sin())),
     "flip": sequence("flip", lambda x: x.flip(1)),
     "flip of the prunable axis": sequence("flip", lambda x: x.flip([-1, 1])),
-    "flip of one half": sequence("flip cat split", lambda x: torch.cat([x[..., :3].flip(-1), x[..., 3:]], -1) * x, groups={}),
+    "flip of one half": sequence("cat slice", lambda x: torch.cat([x[..., :3].flip(-1), x[..., 3:]], -1) * x, groups={"a.weight#3": 3}),
     "fliplr": vector("fliplr", torch.fliplr),
     "flipud": sequence("flipud", lambda x: torch.flipud(x.transpose(0, 1)).transpose(0, 1)),
     "rot90": sequence("rot90", lambda x: torch.rot90(x, 1, [1, 2]).transpose(1, 2)),
@@ -90,7 +89,16 @@ JOINS = {
     "cat": two("cat", lambda x, y: torch.cat([x, y], -1), 10),
     "cat along another axis": two("cat", lambda x, y: torch.cat([x, y], 1), 6, {"a.weight": 6}, 6),
     "cat with itself": sequence("cat", lambda x: torch.cat([x, x], -1), out=12),
-    "cat with a constant": sequence("cat", lambda x: torch.cat([x, torch.ones(x.shape[0], 3, 2, dtype=x.dtype)], -1), out=8),
+    "cat with a constant": sequence(
+        "cat", lambda x: torch.cat([x, torch.ones(x.shape[0], 3, 2, dtype=x.dtype)], -1), out=8, groups={"a.weight": 6, "b.weight": 2}
+    ),
+    "register tokens": own(
+        "cat",
+        lambda s, x: s.b(torch.cat([s.tokens.expand(x.shape[0], -1, -1), s.a(x)], 1)),
+        lambda: {"a": nn.Linear(5, 6), "b": nn.Linear(6, 2), "tokens": nn.Parameter(torch.randn(1, 4, 6))},
+        (2, 3, 5),
+        {"a.weight": 6},
+    ),
     "concat": two("concat", lambda x, y: aten.concat([x, y], -1), 10),
     "concatenate": two("concatenate", lambda x, y: aten.concatenate([x, y], -1), 10),
     "stack": two("stack", lambda x, y: torch.stack([x, y], 1).flatten(1, 2), 6, {"a.weight": 6}, 6),
@@ -124,7 +132,9 @@ PIECES = {
     "hsplit": halves("hsplit", lambda x: aten.hsplit(x, 2)),
     "vsplit": sequence("vsplit", lambda x: torch.cat(aten.vsplit(x.transpose(0, 1), [1, 2])[::-1]).transpose(0, 1)),
     "tensor_split": halves("tensor_split", lambda x: torch.tensor_split(x, 2, -1), (4, 3)),
-    "tensor_split at places": halves("tensor_split", lambda x: torch.tensor_split(x, [2, 3], -1), (2, 1, 4), {"a.weight": 2, "a.weight#3": 4}),
+    "tensor_split at places": halves(
+        "tensor_split", lambda x: torch.tensor_split(x, [2, 3], -1), (2, 1, 4), {"a.weight": 2, "a.weight#3": 4}
+    ),
     "unbind": sequence("unbind", lambda x: sum(x.unbind(1))),
     "unbind of parts": own(
         "unbind unflatten",
@@ -149,13 +159,6 @@ PIECES = {
         lambda: {"a": nn.Linear(5, 8), "b": nn.Linear(4, 2)},
         (2, 5),
         {"a.weight": 4},
-    ),
-    "diagonal": own(
-        "diagonal",
-        lambda s, x: s.b(s.a(x).diagonal(1, 1, 2).transpose(1, 2).flatten(1)),
-        lambda: {"a": nn.Conv2d(2, 6, 1), "b": nn.Linear(18, 2)},
-        (2, 2, 4, 4),
-        {},
     ),
     "diagonal of space": image("diagonal", lambda x: x.diagonal(0, 2, 3).unsqueeze(-1)),
 }
@@ -190,19 +193,25 @@ REPEATS = {
 CHANNELS = {
     "pixel_shuffle": image("pixel_shuffle", lambda x: aten.pixel_shuffle(x, 2), 8, 2, {"a.weight": 2}),
     "pixel_unshuffle": image("pixel_unshuffle", lambda x: aten.pixel_unshuffle(x, 2), 6, 24),
-    "channel_shuffle": image("channel_shuffle", lambda x: aten.channel_shuffle(x, 2)),
+    "channel_shuffle": image("channel_shuffle", lambda x: aten.channel_shuffle(x, 2), groups={"a.weight": 2, "a.weight#2": 3}),
+    "channel_shuffle of places": sequence("channel_shuffle", lambda x: aten.channel_shuffle(x[:, [0, 1, 2, 0]], 2)),
     "unfold": sequence("unfold", lambda x: x.unfold(1, 2, 1).transpose(-1, -2)),
-    "unfold of the prunable axis": sequence("unfold", lambda x: x.unfold(2, 3, 3).flatten(2), groups={"a.weight": 2, "a.weight#2": 3}),
-    "unfold that overlaps": sequence("unfold", lambda x: x.unfold(2, 2, 1).flatten(2), out=10, groups={}),
+    "unfold of the prunable axis": sequence("unfold", lambda x: x.unfold(2, 3, 3).flatten(2), groups={"a.weight": 2}),
     "slice_scatter": sequence("slice_scatter", lambda x: torch.slice_scatter(x, x[:, :2].tanh(), 1, 1, 3)),
-    "slice_scatter along the prunable axis": sequence("slice_scatter", lambda x: torch.slice_scatter(x, x[..., :2].tanh(), -1, 0, 2)),
+    "slice_scatter along the prunable axis": sequence(
+        "slice_scatter", lambda x: torch.slice_scatter(x, x[..., :2].tanh(), -1, 0, 2), groups={"a.weight": 2, "a.weight#2": 4}
+    ),
     "select_scatter": sequence("select_scatter", lambda x: torch.select_scatter(x, x[:, 0].tanh(), 1, 1)),
-    "select_scatter along the prunable axis": sequence("select_scatter", lambda x: torch.select_scatter(x, x[..., 0].tanh(), 2, 0)),
+    "select_scatter along the prunable axis": sequence(
+        "select_scatter", lambda x: torch.select_scatter(x, x[..., 0].tanh(), 2, 0), groups={"a.weight#2": 5}
+    ),
 }
 INDEX = {
     "index": sequence("index", lambda x: x[:, torch.tensor([2, 0, 0])]),
     "index along the prunable axis": sequence("index", lambda x: x[..., torch.tensor([5, 0, 1, 4, 3, 2])]),
-    "index of some of the prunable axis": sequence("index", lambda x: x[..., torch.tensor([5, 1])] + x[..., torch.tensor([0, 2])], out=2),
+    "index of some of the prunable axis": sequence(
+        "index", lambda x: x[..., torch.tensor([5, 1])] + x[..., torch.tensor([0, 2])], out=2, groups={"a.weight": 2, "a.weight#2": 2}
+    ),
     "index that is not known": own(
         "index",
         lambda s, x: s.b(s.a(x)[:, x[0, :, 0].argsort()]),
@@ -229,3 +238,11 @@ INDEX = {
     "index_select along the prunable axis": sequence("index_select", lambda x: x.index_select(-1, torch.tensor([5, 0, 1, 4, 3, 2]))),
 }
 EXAMPLES = {**SHAPES, **ORDER, **JOINS, **PIECES, **REPEATS, **CHANNELS, **INDEX}
+
+#: movements that cannot follow a choice among the units of the last axis
+FROZEN = {
+    "unfold that overlaps": whole(lambda x: x.unfold(2, 2, 1).flatten(2), out=10),
+    "index by places of the input": whole(lambda x: x[:, :, x[0, 0].argsort()]),
+    "index_select by places of the input": whole(lambda x: x.index_select(2, x[0, 0].argsort())),
+    "one axis of all": whole(lambda x: x.transpose(1, 2).flatten(1).unfold(1, 7, 1), (2, 3, 5), 7),
+}

@@ -85,7 +85,7 @@ UNARY = [
     "bitwise_not",
     "real",
     "imag",
-    "conj",
+    "_conj",
     "angle",
     "isinf",
     "isfinite",
@@ -95,6 +95,25 @@ UNARY = [
     "randn_like",
     "bernoulli",
     "resolve_conj",
+    "log10",
+    "exp2",
+    "sinh",
+    "cosh",
+    "asin",
+    "acos",
+    "asinh",
+    "acosh",
+    "atanh",
+    "arctan",
+    "sgn",
+    "signbit",
+    "erfinv",
+    "lgamma",
+    "digamma",
+    "fix",
+    "clip",
+    "fill",
+    "deg2rad",
 ]
 NARY = [
     "add",
@@ -144,13 +163,17 @@ NARY = [
     "hypot",
     "true_divide",
     "atan2",
+    "logaddexp",
+    "logaddexp2",
+    "heaviside",
+    "ldexp",
 ]
 
 
 @rule(*UNARY)
 def unary(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
     """One tensor in, one out, element by element; bounds may be tensors too."""
-    if family(node).startswith("clamp"):
+    if family(node).startswith(("clamp", "clip")):
         return merge(context, node, *args)
     return context.labels(args[0])
 

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import fx
 
+from shohin.graph.labels.algebra import merge
 from shohin.graph.labels.context import Context, Parameter
 from shohin.graph.labels.core import Array, Labels, axes_of, expanded, from_tensor, line
 from shohin.graph.labels.rules import rule
 from shohin.program import concrete, family
-from shohin.program.nodes import arguments, flatten, run
+from shohin.program.nodes import argument, arguments, flatten, run
 
 MOVEMENT = [
     "view",
@@ -84,6 +85,10 @@ MOVEMENT += ["expand", "expand_as"]
 MOVED = {"select_scatter": 2, "slice_scatter": 2}
 #: movements that take an index tensor
 INDEXING = frozenset(["index", "index_select", "repeat_interleave"])
+#: movements that take the shape of their second argument
+SHAPED = frozenset(["view_as", "reshape_as"])
+#: movements that join tensors of one rank -> the default of the joined axis; None: it is a new one
+JOINS = {"cat": 0, "concat": 0, "concatenate": 0, "stack": None}
 
 
 @rule(*(name for name in MOVEMENT if name not in EXPAND))
@@ -95,27 +100,68 @@ def movement(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
     if family(node) in INDEXING and not _can_index(context, node, args):
         return NotImplemented
     moved = [v for v in flatten(args[: MOVED.get(family(node), 1)]) if isinstance(v, (Labels, Parameter, torch.Tensor))]
+    if family(node) in JOINS:
+        _alike(context, node, moved)
+    if family(node) == "channel_shuffle":
+        _groups(context, context.labels(args[0]), args[1])
     sources = {id(v): context.labels(v) for v in moved}
+    if family(node) == "select_scatter":  # what is put in lacks the axis
+        sources[id(args[1])] = _with_axis(sources[id(args[1])], args[2] % len(args[0].shape))
     shapes = [tuple(concrete(s) for s in t.shape) for t in flatten(node.meta["val"])]
     results: list[list[Array]] = [[] for _ in shapes]
     for planes in _layers(context, sources):
         tensors = {key: expanded(plane, sources[key].shape) for key, plane in planes.items()}
+        if family(node) == "select_scatter":
+            tensors[id(args[1])] = tensors[id(args[1])].squeeze(args[2] % len(args[0].shape))
         values = flatten(move(node, [_moved(context, a, tensors) for a in args]))
         for found, value in zip(results, values, strict=True):
             found.append(from_tensor(value))
     out = [context.tidy(found, shape) for found, shape in zip(results, shapes, strict=True)]
+    if family(node) in SHAPED:
+        return merge(context, node, out[0], args[1])
     return out[0] if isinstance(node.meta["val"], torch.Tensor) else out
 
 
 @rule(*EXPAND)
 def expand(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
     """An axis of size 1 that is repeated may be repeated less often: it gets labels of its own. The batch never does."""
+    if family(node) == "expand_as":
+        return merge(context, node, *args)
     moved = movement(context, node, args)
     sizes = node.meta["val"].shape
     lead = len(sizes) - len(args[0].shape)
     repeated = [d for d, n in enumerate(sizes) if isinstance(n, int) and n > 1 and d >= lead and args[0].shape[d - lead] == 1]
     fresh = [line(d, context.classes.fresh(int(sizes[d])), len(sizes)) for d in repeated]
     return context.tidy([*moved.planes, *fresh], moved.shape)
+
+
+def _alike(context: Context, node: fx.Node, moved: list[Any]) -> None:
+    """Tensors that are joined are alike along the other axes: what goes from one goes from all, or the result is not rectangular."""
+    default = JOINS[family(node)]
+    joined = None if default is None else argument(node, 1, node.kwargs.get("dim", default)) % len(moved[0].shape)
+    axes = [d for d in range(len(moved[0].shape)) if d != joined]
+    others = [context.labels(v) for v in moved if not isinstance(v, Parameter)]
+    for value in (v for v in moved if isinstance(v, Parameter)):
+        context.fixed(value, [d for d in axes if d not in value.bound and any(d not in x.varying for x in others)])
+    for axis in axes:
+        planes = [context.labels(v).plane(axis) for v in moved]
+        for plane in planes[1:]:
+            if plane.shape == planes[0].shape and (joined is None or plane.shape[joined] == 1):
+                context.classes.unite(planes[0], plane)
+
+
+def _groups(context: Context, x: Labels, groups: int) -> None:
+    """Channels that are shuffled: whole groups can go, or the same positions of every group."""
+    if 1 in x.varying:
+        grid = x.along(1).reshape(groups, -1)
+        if grid.all():
+            context.classes.grids.append(grid)
+        else:
+            context.classes.unite(grid, grid[:1])
+
+
+def _with_axis(x: Labels, axis: int) -> Labels:
+    return Labels(tuple(np.expand_dims(p, axis) for p in x.planes), (*x.shape[:axis], 1, *x.shape[axis:]))
 
 
 def _layers(context: Context, sources: dict[int, Labels]) -> list[dict[int, Array]]:

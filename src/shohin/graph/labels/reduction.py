@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from shohin.graph.labels.algebra import reduce
+from shohin.graph.labels.algebra import merge, reduce
 from shohin.graph.labels.context import Context
-from shohin.graph.labels.core import Labels
 from shohin.graph.labels.rules import rule
 from shohin.program import family, shape_of
 
@@ -38,11 +37,14 @@ PLACES = {"argmax": 1, "argmin": 1, "prod": 1, "median": 1, "mode": 1}
 
 @rule(*REDUCTIONS, *PLACES)
 def reduction(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
-    """Reduction over some axes; over a prunable one what stays changes, and the axis is noted as normalized."""
+    """Reduction over some axes; over a prunable one what stays changes, and the axis is noted as normalized.
+
+    ``max`` and ``min`` of two tensors are elementwise.
+    """
     name = family(node)
     place = REDUCTIONS.get(name, 1)
     if name in ("max", "min") and len(args) > 1 and not isinstance(args[1], int):
-        return NotImplemented
+        return merge(context, node, *args[:2])
     x = context.labels(args[0])
     dims = args[place] if len(args) > place else None
     whole = dims is None or isinstance(dims, bool) or dims == []
@@ -67,8 +69,10 @@ def softmax(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
     return x
 
 
-@rule("cumsum", "cumprod", "logcumsumexp", "cummax")
+@rule("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin")
 def along_axis(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
-    """Mixes along one axis, which must not be prunable."""
+    """Mixes along one axis, which must not be prunable; ``cummax`` and ``cummin`` give places too."""
     x = context.labels(args[0])
-    return NotImplemented if (args[1] % len(x.shape)) in x.varying else Labels(x.planes, x.shape)
+    if args[1] % len(x.shape) in x.varying:
+        return NotImplemented
+    return x if isinstance(node.meta["val"], torch.Tensor) else [x, x]

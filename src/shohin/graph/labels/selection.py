@@ -23,7 +23,7 @@ def ordered(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
     """Values in order along one axis, and their places."""
     x = context.labels(args[0])
     place, default = ALONG[family(node)]
-    axis = argument(node, place, default)
+    axis = argument(node, place, node.kwargs.get("dim", default))
     if isinstance(axis, bool) or axis % len(x.shape) in x.varying:
         return NotImplemented
     val = node.meta["val"]
@@ -36,14 +36,15 @@ def ordered(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
 
 @rule("gather", "take_along_dim")
 def gather(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
-    """Elements of one axis by an index tensor; the other axes of both are read side by side."""
+    """Elements of one axis by an index tensor; the other axes of both are read side by side (``take_along_dim``: they broadcast)."""
     place = 1 if family(node) == "gather" else 2
     index = args[2] if place == 1 else args[1]
     x = context.labels(args[0])
     axis = args[place] % len(x.shape)
-    if axis in x.varying or any(a != b for d, (a, b) in enumerate(zip(x.shape, index.shape, strict=True)) if d != axis):
+    beside = [(a, b) for d, (a, b) in enumerate(zip(x.shape, index.shape, strict=True)) if d != axis]
+    if axis in x.varying or any(a != b and (place == 1 or 1 not in (a, b)) for a, b in beside):
         return NotImplemented
     rank = len(x.shape)
-    space = tuple(index.shape)
+    space = tuple(n if d == axis else max(n, x.shape[d]) for d, n in enumerate(index.shape))
     source = Labels(x.planes, tuple(1 if d == axis else n for d, n in enumerate(x.shape)))
     return meet(context, node, [(source, range(rank)), (index, range(rank))], space)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from shohin.graph.labels.core import Array
 from shohin.program import family
 from shohin.program.nodes import argument, arguments
 from shohin.surgery.follow.table import follow
@@ -14,7 +15,7 @@ from shohin.surgery.rewritten import CannotRewrite
 from shohin.surgery.work import Work, axis_of, set_argument, set_sizes
 
 
-@follow("view", "reshape", "expand")
+@follow("view", "reshape", "expand", "expand_copy", "broadcast_to")
 def view(work: Work, node: fx.Node, copy: fx.Node) -> None:
     """The sizes that stay."""
     labels = work.of(node)
@@ -32,21 +33,39 @@ def unflatten(work: Work, node: fx.Node, copy: fx.Node) -> None:
         set_sizes(work, node, copy, 2, work.shape(labels)[start:stop], labels.shape[start:stop])
 
 
-@follow("split", "split_with_sizes", "chunk")
+@follow("squeeze", "squeeze_copy")
+def squeeze(work: Work, node: fx.Node, copy: fx.Node) -> None:
+    """Takes the axes that had size 1, and not those that have it now."""
+    source = work.of(node.args[0])
+    if source is None:
+        return
+    axes = argument(node, 1, range(len(source.shape)))
+    listed = {d % len(source.shape) for d in ([axes] if isinstance(axes, int) else axes)}
+    if not any(len(kept) == 1 and d in listed for d, kept in work.kept(source).items()):
+        return
+    copy.target = torch.ops.aten.squeeze.dims
+    copy.args = (copy.args[0], sorted(d for d in listed if source.shape[d] == 1))
+    work.mended.append(node.name)
+
+
+@follow("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "tensor_split", "hsplit", "vsplit")
 def pieces(work: Work, node: fx.Node, copy: fx.Node) -> None:
     pieces = work.graph.labels[node.name]
     if not isinstance(pieces, tuple):
         return
-    axis = axis_of(node, 2, len(pieces[0].shape))
+    axis = axis_of(node, 2, len(pieces[0].shape), int(family(node) == "hsplit"))
     before = [p.shape[axis] for p in pieces]
     wanted = [work.shape(p)[axis] for p in pieces]
     if wanted == before:
         return
+    places = family(node) in ("tensor_split", "hsplit", "vsplit")
     if isinstance(node.args[1], (list, tuple)):
-        set_argument(work, node, copy, 1, wanted)
+        set_argument(work, node, copy, 1, np.cumsum(wanted)[:-1].tolist() if places else wanted)
         return
     total = sum(wanted)
-    if family(node) == "chunk":
+    if places:
+        pass  # pieces as equal as can be have the same sizes again only by chance
+    elif "chunk" in family(node):
         same = [len(c) for c in torch.arange(total).chunk(arguments(node)[1])]
         if same == wanted:
             return
@@ -70,7 +89,8 @@ def slice_(work: Work, node: fx.Node, copy: fx.Node) -> None:
     if kept is None:
         return
     if argument(node, 4, 1) != 1:
-        return  # every second index stays every second index, or the check of movements says that it does not
+        _strided(work, node, copy, axis, kept)
+        return
     for position in (2, 3):
         value = argument(node, position)
         if isinstance(value, int):
@@ -80,6 +100,45 @@ def slice_(work: Work, node: fx.Node, copy: fx.Node) -> None:
                 set_argument(work, node, copy, position, int((kept < bound).sum()))
         elif value is not None:
             raise CannotRewrite("a slice with a computed bound cannot follow")
+
+
+def _strided(work: Work, node: fx.Node, copy: fx.Node, axis: int, kept: Array) -> None:
+    """Every second index of what stays, where that is what stays of every second index; else these are listed."""
+    source = work.of(node.args[0])
+    bounds = (argument(node, 2), argument(node, 3))
+    if source is None or not all(b is None or isinstance(b, int) for b in bounds):
+        raise CannotRewrite("a slice with a computed bound cannot follow")
+    taken = slice(*bounds, argument(node, 4))
+    places = np.flatnonzero(np.isin(kept, np.arange(source.shape[axis])[taken]))
+    if not np.array_equal(np.arange(len(kept))[taken], places):
+        with copy.graph.inserting_before(copy):
+            index = copy.graph.call_function(torch.tensor, (places.tolist(),))
+        copy.target, copy.args, copy.kwargs = torch.ops.aten.index_select.default, (copy.args[0], axis, index), {}
+        work.mended.append(node.name)
+
+
+@follow("roll")
+def roll(work: Work, node: fx.Node, copy: fx.Node) -> None:
+    """As much goes round the end as stays of it."""
+    source = work.of(node.args[0])
+    if source is None:
+        return
+    shifts, axes = list(arguments(node)[1]), argument(node, 2, [])
+    for i, axis in enumerate(axes):
+        size = source.shape[axis]
+        kept = work.kept(source).get(axis % len(source.shape))
+        if kept is not None and isinstance(shifts[i], int):
+            shifts[i] = int((kept >= size - shifts[i] % size).sum()) - (len(kept) if shifts[i] < 0 else 0)
+    set_argument(work, node, copy, 1, shifts)
+
+
+@follow("channel_shuffle")
+def channel_shuffle(work: Work, node: fx.Node, copy: fx.Node) -> None:
+    """As many groups as still have channels."""
+    source, groups = work.of(node.args[0]), arguments(node)[1]
+    kept = None if source is None else work.kept(source).get(1)
+    if source is not None and kept is not None:
+        set_argument(work, node, copy, 1, len(np.unique(kept // (source.shape[1] // groups))))
 
 
 @follow("select")
