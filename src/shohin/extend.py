@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,7 @@ from shohin.errors import ShohinError
 from shohin.graph import Graph
 from shohin.graph.labels.algebra import contract, meet, merge, reduce
 from shohin.graph.labels.context import Context, Parameter
-from shohin.graph.labels.core import Array, Labels
+from shohin.graph.labels.core import Array, Labels, axes_of
 from shohin.graph.labels.rules import Rule
 from shohin.graph.labels.rules import rule as label_rule
 from shohin.graph.labels.walk import propagate
@@ -186,7 +187,7 @@ def _trial(model: nn.Module, graph: Graph, call: Call) -> _Trial:
         for classes in group.units:
             owner[classes] = number
     produced = frozenset(propagate(graph.program).produced)
-    known, indirect = set[int](), set[int]()
+    known, reduced, indirect = set[int](), set[int](), set[int]()
     uses: dict[int, int] = {}
     for node in graph.program.graph.nodes:
         operands = [n for n in flatten([arguments(node), list(node.kwargs.values())]) if isinstance(n, fx.Node)]
@@ -196,21 +197,30 @@ def _trial(model: nn.Module, graph: Graph, call: Call) -> _Trial:
             continue
         entering = [_owners(owner, graph.labels.get(n.name)) for n in operands]
         leaving = _owners(owner, graph.labels.get(node.name))
+        lost = {g for found in entering for g in found if found[g] > leaving[g]}
         if family(node) in NORMALIZE | AVERAGE:
             known = known.union(*entering)
-        indirect |= {g for g in set().union(*entering) if sum(g in found for found in entering) > 1} - leaving
+            reduced |= lost & set(leaving)
+        met = {g for found in entering for g in found if sum(g in other for other in entering) > 1}
+        indirect |= met & lost
     names = [g.name for g in graph.groups]
-    silent = {*unspoken(model, graph), *(g.name for i, g in enumerate(graph.groups) if g.normalized and i not in known)}
+    silent = {*unspoken(model, graph), *(g.name for i, g in enumerate(graph.groups) if i in reduced or (g.normalized and i not in known))}
     reused = {name for name in graph.planes if uses.get(id(graph.program.tensors[name]), 0) > 1}
     twice = {g.name for g in graph.groups if any(n in reused and (n, d) in produced for n, axes in g.slices.items() for d in axes)}
     apart = {names[i] for i in indirect} | twice | {g.name for g in graph.groups if g.normalized}
     return _Trial(model, graph, call, frozenset(silent), frozenset(apart), produced)
 
 
-def _owners(owner: Array, labels: Any) -> set[int]:
-    """Numbers of the groups whose units lie in a tensor."""
-    planes = [p for one in (labels if isinstance(labels, tuple) else (labels,)) if isinstance(one, Labels) for p in one.planes]
-    return {i for plane in planes for i in np.unique(owner[plane]).tolist() if i >= 0}
+def _owners(owner: Array, labels: Any) -> Counter[int]:
+    """Number of each group whose units lie in a tensor -> on how many of its axes."""
+    found = Counter[int]()
+    for one in labels if isinstance(labels, tuple) else (labels,):
+        mine = Counter(
+            i for plane in (one.planes if isinstance(one, Labels) else ()) for i in np.unique(owner[plane]).tolist() for _ in axes_of(plane)
+        )
+        found |= mine
+    del found[-1]
+    return found
 
 
 def _plan(graph: Graph, dice: random.Random | None, without: frozenset[str]) -> Plan:

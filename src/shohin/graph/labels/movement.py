@@ -12,7 +12,7 @@ from shohin.graph.labels.algebra import merge
 from shohin.graph.labels.context import Context, Parameter
 from shohin.graph.labels.core import Array, Labels, axes_of, expanded, from_tensor, line
 from shohin.graph.labels.rules import rule
-from shohin.program import concrete, family
+from shohin.program import concrete, family, shape_of
 from shohin.program.nodes import argument, arguments, flatten, run
 
 MOVEMENT = [
@@ -94,6 +94,9 @@ JOINS = {"cat": 0, "concat": 0, "concatenate": 0, "stack": None}
 @rule(*(name for name in MOVEMENT if name not in EXPAND))
 def movement(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
     """Runs the operator on labels, plane by plane. Index tensors keep their values where these are known."""
+    if family(node) == "view" and isinstance(args[1], torch.dtype):  # the same bytes, read as numbers of another type
+        x = context.labels(args[0])
+        return x if shape_of(node) == x.shape else NotImplemented
     if family(node) in INDEXING and isinstance(args[0], Parameter):  # a table: its rows are chosen by number
         rows = range(len(args[1])) if family(node) == "index" else [args[1] % len(args[0].shape)] if len(args) > 2 else []
         context.fixed(args[0], [d for d in rows if d not in args[0].bound and not (family(node) == "index" and args[1][d] is None)])

@@ -19,7 +19,7 @@ from shohin.surgery.work import Work, axis_of, set_argument, set_sizes
 def view(work: Work, node: fx.Node, copy: fx.Node) -> None:
     """The sizes that stay."""
     labels = work.of(node)
-    if labels is not None:
+    if labels is not None and not isinstance(arguments(node)[1], torch.dtype):
         set_sizes(work, node, copy, 1, work.shape(labels), labels.shape)
 
 
