@@ -161,7 +161,8 @@ def _prune(made: Any) -> Removed:
             module = dependency.target.module
             if not indices or not isinstance(module, nn.Module) or module not in names:
                 continue
-            name, inward = names[module], bool(graph.is_in_channel_pruning_fn(dependency.handler))
+            name = names[module]
+            inward = bool(graph.is_in_channel_pruning_fn(dependency.handler)) and not isinstance(module, REPLAYED)
             if isinstance(module, OBSCURE):
                 obscured = obscured or f"{name} ({type(module).__name__})"
             if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, *REPLAYED)):

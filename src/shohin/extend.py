@@ -32,10 +32,10 @@ from torch.utils import _pytree as pytree
 
 from shohin.data import Call
 from shohin.errors import ShohinError
-from shohin.graph import Graph
+from shohin.graph import Graph, UnitGroup
 from shohin.graph.labels.algebra import contract, meet, merge, reduce
 from shohin.graph.labels.context import Context, Parameter
-from shohin.graph.labels.core import Array, Labels, axes_of
+from shohin.graph.labels.core import Labels, axes_of, compress
 from shohin.graph.labels.rules import Rule
 from shohin.graph.labels.rules import rule as label_rule
 from shohin.graph.labels.walk import propagate
@@ -52,6 +52,24 @@ from shohin.surgery.work import Work, set_argument
 
 #: largest relative difference from the oracles, in float64
 TOLERANCE = 1e-9
+#: operators that sum over what two activations share
+CONTRACTIONS = frozenset(
+    (
+        "linear",
+        "matmul",
+        "mm",
+        "bmm",
+        "baddbmm",
+        "addmm",
+        "mv",
+        "dot",
+        "einsum",
+        "scaled_dot_product_attention",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+    )
+)
 
 
 class NotConforming(ShohinError):
@@ -182,10 +200,6 @@ class _Trial:
 
 
 def _trial(model: nn.Module, graph: Graph, call: Call) -> _Trial:
-    owner = np.full(graph.label_count, -1)
-    for number, group in enumerate(graph.groups):
-        for classes in group.units:
-            owner[classes] = number
     produced = frozenset(propagate(graph.program).produced)
     known, reduced, indirect = set[int](), set[int](), set[int]()
     uses: dict[int, int] = {}
@@ -195,14 +209,14 @@ def _trial(model: nn.Module, graph: Graph, call: Call) -> _Trial:
             uses[tensor] = uses.get(tensor, 0) + 1
         if node.op != "call_function":
             continue
-        entering = [_owners(owner, graph.labels.get(n.name)) for n in operands]
-        leaving = _owners(owner, graph.labels.get(node.name))
+        entering = [_axes(graph.groups, graph.labels.get(n.name)) for n in operands]
+        leaving = _axes(graph.groups, graph.labels.get(node.name))
         lost = {g for found in entering for g in found if found[g] > leaving[g]}
         if family(node) in NORMALIZE | AVERAGE:
             known = known.union(*entering)
             reduced |= lost & set(leaving)
         met = {g for found in entering for g in found if sum(g in other for other in entering) > 1}
-        indirect |= met & lost
+        indirect |= met if family(node) in CONTRACTIONS else met & lost
     names = [g.name for g in graph.groups]
     silent = {*unspoken(model, graph), *(g.name for i, g in enumerate(graph.groups) if i in reduced or (g.normalized and i not in known))}
     reused = {name for name in graph.planes if uses.get(id(graph.program.tensors[name]), 0) > 1}
@@ -211,16 +225,17 @@ def _trial(model: nn.Module, graph: Graph, call: Call) -> _Trial:
     return _Trial(model, graph, call, frozenset(silent), frozenset(apart), produced)
 
 
-def _owners(owner: Array, labels: Any) -> Counter[int]:
-    """Number of each group whose units lie in a tensor -> on how many of its axes."""
+def _axes(groups: Sequence[UnitGroup], labels: Any) -> Counter[int]:
+    """Number of each group whose units lie in a tensor -> along how many of its axes they lie."""
     found = Counter[int]()
     for one in labels if isinstance(labels, tuple) else (labels,):
-        mine = Counter(
-            i for plane in (one.planes if isinstance(one, Labels) else ()) for i in np.unique(owner[plane]).tolist() for _ in axes_of(plane)
-        )
+        mine = Counter[int]()
+        for plane in one.planes if isinstance(one, Labels) else ():
+            for number, group in enumerate(groups):
+                masks = (np.isin(plane, unit) for unit in group.units)
+                mine[number] += next((len(axes_of(compress(mask.astype(np.int64)))) for mask in masks if mask.any()), 0)
         found |= mine
-    del found[-1]
-    return found
+    return +found
 
 
 def _plan(graph: Graph, dice: random.Random | None, without: frozenset[str]) -> Plan:

@@ -7,7 +7,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from rule_kit import aten, image, own, sequence, whole
+from rule_kit import aten, beside, image, own, sequence, whole
 from torch import nn
 
 
@@ -191,6 +191,8 @@ REDUCTION = {
     "frobenius_norm": image("frobenius_norm", lambda x: aten.frobenius_norm(x, [2, 3], True)),
     "std_mean": sequence("std_mean", lambda x: (lambda s, m: s * m)(*torch.std_mean(x, 1))),
     "var_mean": sequence("var_mean", lambda x: (lambda v, m: (x - m) / (v + 1).sqrt())(*torch.var_mean(x, -1, correction=0, keepdim=True))),
+    "var_mean of places": sequence("var_mean", lambda x: (lambda v, m: (x - m) * v)(*torch.var_mean(x, 1, keepdim=True))),
+    "log_softmax of places": sequence("log_softmax", lambda x: F.log_softmax(x, 1)),
     "argmax": sequence("argmax", lambda x: x[:, 0] * x.argmax(1)),
     "argmin": sequence("argmin", lambda x: x * x.argmin(1, keepdim=True)),
     "prod": sequence("prod", lambda x: x.prod(1)),
@@ -251,7 +253,7 @@ CONSTANTS = {
         {"a.weight": 2, "a.weight#2": 3, "v.weight": 4},
     ),
 }
-EXAMPLES = {**SPATIAL, **FOURIER, **TRIANGLES, **SELECTION, **REDUCTION, **CONSTANTS}
+EXAMPLES = {**beside(SPATIAL), **beside(FOURIER), **TRIANGLES, **SELECTION, **REDUCTION, **CONSTANTS}
 
 #: functions that mix the units of the last axis
 FROZEN = {

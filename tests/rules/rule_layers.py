@@ -159,6 +159,25 @@ PRODUCTS = {
     "mv": product("mv", lambda s, x: x.sum(1) + torch.mv(s.a(x), s.w)[:, None], {"a.weight": 6}, (2, 5), a=linear(5, 6), w=weight(6)),
     "dot": product("dot", lambda s, x: x + torch.dot(s.a(x).mean(0), s.w), {"a.weight": 6}, (2, 5), a=linear(5, 6), w=weight(6)),
     "matmul by a vector": product("matmul", lambda s, x: s.b(s.a(x) @ s.w), {"a.weight": 6}, a=linear(5, 6), w=weight(6), b=linear(3, 2)),
+    "gram": product(
+        "matmul", lambda s, x: s.b((lambda y: y @ (y.transpose(1, 2) @ y))(s.a(x))), {"a.weight": 6}, a=linear(5, 6), b=linear(6, 2)
+    ),
+    "outer sum and its mean": product(
+        "mean",
+        lambda s, x: s.b((lambda y: (y.unsqueeze(-1) + y.unsqueeze(-2)).mean(-1))(s.a(x))),
+        {"a.weight": 6},
+        a=linear(5, 6),
+        b=linear(6, 2),
+    ),
+    "a weight made by a layer": product(
+        "bmm view",
+        lambda s, x: s.b(torch.bmm(s.a(x).unsqueeze(1), s.h(x).view(-1, 6, 4)).squeeze(1)),
+        {"a.weight": 6, "h.weight": 4},
+        (2, 5),
+        a=linear(5, 6),
+        h=linear(5, 24),
+        b=linear(4, 2),
+    ),
     "einsum": product(
         "einsum",
         lambda s, x: s.b(torch.einsum("btc,cd->btd", s.a(x), s.w)),
@@ -268,6 +287,17 @@ ATTENTION = {
     "attention with a mask of the input": attention(SDPA, HEADS, mask=lambda s, x: x[:, None, :1, :3] * 0.5),
     "grouped queries": attention(SDPA, {"a.weight": 2, "a.weight#2": 3, "v.weight": 4}, heads=4, shared=2, enable_gqa=True),
     "one key for all queries": attention(SDPA, {"a.weight": 3, "v.weight": 4}, heads=4, shared=1, enable_gqa=True),
+    "packed": own(
+        f"{SDPA} unbind",
+        lambda s, x: s.b(
+            F.scaled_dot_product_attention(*s.a(x).unflatten(-1, (3, s.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0))
+            .transpose(1, 2)
+            .flatten(2)
+        ),
+        lambda: {"heads": 2, "a": nn.Linear(5, 24), "b": nn.Linear(8, 2)},
+        (2, 3, 5),
+        {"a.weight": 2, "a.weight#2": 4},
+    ),
     "one head": attention(SDPA, {"a.weight": 3, "v.weight": 4}, heads=1),
 }
 
