@@ -2,7 +2,7 @@
 
     from shohin.extend import Context, conform, follow, merge, rule
 
-    @rule("my_gate")                                   # the operator's name, without namespace and overload
+    @rule("mylib::my_gate")                            # the operator's name, without overload
     def my_gate(context: Context, node, args):
         return merge(context, node, *args)             # elementwise: labels that meet are united
 

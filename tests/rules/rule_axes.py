@@ -7,7 +7,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from rule_kit import aten, beside, image, own, sequence, whole
+from rule_kit import aten, image, own, sequence, whole
 from torch import nn
 
 
@@ -253,7 +253,7 @@ CONSTANTS = {
         {"a.weight": 2, "a.weight#2": 3, "v.weight": 4},
     ),
 }
-EXAMPLES = {**beside(SPATIAL), **beside(FOURIER), **TRIANGLES, **SELECTION, **REDUCTION, **CONSTANTS}
+EXAMPLES = {**SPATIAL, **FOURIER, **TRIANGLES, **SELECTION, **REDUCTION, **CONSTANTS}
 
 #: functions that mix the units of the last axis
 FROZEN = {

@@ -7,10 +7,9 @@ import rule_axes
 import rule_elementwise
 import rule_layers
 import rule_movement
-from rule_kit import beside
 
 EXAMPLES = {**rule_elementwise.EXAMPLES, **rule_movement.EXAMPLES, **rule_layers.EXAMPLES, **rule_axes.EXAMPLES}
-FROZEN = beside({**rule_movement.FROZEN, **rule_axes.FROZEN})
+FROZEN = {**rule_movement.FROZEN, **rule_axes.FROZEN}
 DECOMPOSED = "torch has no operator of this name: its function is made of others"
 #: rules that no program can call, and why
 EXEMPT = {name: DECOMPOSED for name in ("local_response_norm", "lp_pool1d", "lp_pool2d", "lp_pool3d", "softsign", "tanhshrink")}

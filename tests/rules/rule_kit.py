@@ -81,31 +81,3 @@ def whole(function, shape=(2, 3, 5), out=6):
     """``z -> a -> function -> b``, where ``function`` mixes what ``a`` makes: only ``z`` can be cut."""
     layers = lambda: {"z": nn.Linear(5, 4), "a": nn.Linear(4, 6), "b": nn.Linear(out, 2)}  # noqa: E731
     return own("", lambda s, x: s.b(function(s.a(s.z(x)))), layers, shape, {"z.weight": 4})
-
-
-class Beside(nn.Module):
-    """Modules side by side, each with its own inputs."""
-
-    def __init__(self, parts, counts):
-        super().__init__()
-        self.parts, self.counts = nn.ModuleList(parts), counts
-
-    def forward(self, *inputs):
-        given = iter(inputs)
-        return tuple(part(*(next(given) for _ in range(count))) for part, count in zip(self.parts, self.counts, strict=True))
-
-
-def beside(examples, count=6):
-    """Several examples in one module: one capture for all of them."""
-    names = list(examples)
-    chunks = [names[i : i + count] for i in range(0, len(names), count)]
-    return {", ".join(chunk): _joined([examples[name] for name in chunk]) for chunk in chunks}
-
-
-def _joined(examples):
-    return Example(
-        tuple(dict.fromkeys(family for e in examples for family in e.families)),
-        lambda: Beside([e.build() for e in examples], [len(e.inputs()) for e in examples]),
-        lambda: tuple(x for e in examples for x in e.inputs()),
-        {f"parts.{i}.{name}": size for i, e in enumerate(examples) for name, size in e.groups.items()},
-    )

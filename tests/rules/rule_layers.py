@@ -286,7 +286,7 @@ ATTENTION = {
     "attention with a bias of each head": attention(SDPA, HEADS, mask=lambda s, x: s.table[None]),
     "attention with a mask of the input": attention(SDPA, HEADS, mask=lambda s, x: x[:, None, :1, :3] * 0.5),
     "grouped queries": attention(SDPA, {"a.weight": 2, "a.weight#2": 3, "v.weight": 4}, heads=4, shared=2, enable_gqa=True),
-    "one key for all queries": attention(SDPA, {"a.weight": 3, "v.weight": 4}, heads=4, shared=1, enable_gqa=True),
+    "one key for all queries": attention(SDPA, {"a.weight": 4, "a.weight#2": 3, "v.weight": 4}, heads=4, shared=1, enable_gqa=True),
     "packed": own(
         f"{SDPA} unbind",
         lambda s, x: s.b(

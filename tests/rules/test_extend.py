@@ -116,7 +116,7 @@ def test_an_operator_without_a_rule_is_frozen_with_its_address_and_line():
     graph = understand(Gated(), example())
     assert graph.sizes == {}
     found = next(f for f in graph.frozen if "soft_gate" in f.address)
-    assert found.address == "/soft_gate.0"
+    assert found.address == "/shohin_tests::soft_gate.0"
     assert "shohin_tests.soft_gate.default has no rule" in found.reason
     assert "test_extend.py" in found.line and "self.b(soft_gate(self.a(x), self.c(x)))" in found.line
     with pytest.raises(NotConforming, match=r"soft_gate\.0: operator shohin_tests\.soft_gate\.default has no rule"):
@@ -124,7 +124,7 @@ def test_an_operator_without_a_rule_is_frozen_with_its_address_and_line():
 
 
 def test_with_a_rule_it_is_prunable_and_the_cut_is_of_the_users_class():
-    rule("soft_gate")(lambda context, node, args: merge(context, node, *args))
+    rule("shohin_tests::soft_gate")(lambda context, node, args: merge(context, node, *args))
     model = Gated()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     graph = conform(model, example(), groups={"a.weight": 6})
@@ -136,7 +136,7 @@ def test_with_a_rule_it_is_prunable_and_the_cut_is_of_the_users_class():
 
 
 def test_conform_takes_calls_by_keyword_and_tells_expected_groups():
-    rule("soft_gate")(lambda context, node, args: merge(context, node, *args))
+    rule("shohin_tests::soft_gate")(lambda context, node, args: merge(context, node, *args))
     conform(Gated(), {"x": example()[0]}, plans=1)
     conform(Gated(), example()[0], plans=1)
     with pytest.raises(NotConforming, match=r"expected the groups \{'a.weight': 5\}, found \{'a.weight': 6\}"):
@@ -144,13 +144,13 @@ def test_conform_takes_calls_by_keyword_and_tells_expected_groups():
 
 
 def test_a_rule_that_says_no_freezes_the_operator():
-    rule("soft_gate")(lambda context, node, args: NotImplemented)
+    rule("shohin_tests::soft_gate")(lambda context, node, args: NotImplemented)
     graph = understand(Gated(), example())
     assert graph.sizes == {} and any("soft_gate.default does not follow prunable axes here" in f.reason for f in graph.frozen)
 
 
 def test_a_rule_that_fails_freezes_the_operator_and_says_how():
-    rule("soft_gate")(lambda context, node, args: args[2])
+    rule("shohin_tests::soft_gate")(lambda context, node, args: args[2])
     graph = understand(Gated(), example())
     assert graph.sizes == {} and any("IndexError" in f.reason for f in graph.frozen)
 
@@ -158,7 +158,7 @@ def test_a_rule_that_fails_freezes_the_operator_and_says_how():
 @pytest.mark.parametrize("name", ["swap_halves", "running_sum", "centred"])
 def test_a_rule_that_claims_independence_of_what_is_mixed_is_found_out(name):
     """The groups are as wished and every cut equals its view; only the original with zeros tells."""
-    rule(name)(lambda context, node, args: context.labels(args[0]))
+    rule(f"shohin_tests::{name}")(lambda context, node, args: context.labels(args[0]))
     mixed = getattr(torch.ops.shohin_tests, name)
     model = Around(lambda x: mixed(x))
     graph = understand(model.double(), (example()[0].double(),))
@@ -175,7 +175,7 @@ def test_a_rule_that_swaps_where_the_operator_does_not_is_found_out():
         half = x.shape[-1] // 2
         return context.tidy([torch.from_numpy(p).roll(half, -1).numpy() if p.shape[-1] > 1 else p for p in x.planes], x.shape)
 
-    rule("soft_gate")(swapped)
+    rule("shohin_tests::soft_gate")(swapped)
     with pytest.raises(NotConforming, match="output 0 differs by"):
         conform(Around(lambda x: soft_gate(x, x)), example(), groups={"z.weight": 4, "a.weight": 6})
 
@@ -196,9 +196,9 @@ def test_right_rules_for_operators_that_mix():
             context.classes.unite(halves[0], halves[1])
         return context.labels(x)
 
-    rule("centred")(mean_free)
-    rule("swap_halves")(pairs)
-    rule("running_sum")(lambda context, node, args: NotImplemented)
+    rule("shohin_tests::centred")(mean_free)
+    rule("shohin_tests::swap_halves")(pairs)
+    rule("shohin_tests::running_sum")(lambda context, node, args: NotImplemented)
     assert conform(Around(lambda x: centred(x)), example(), groups={"z.weight": 4, "a.weight": 6}).group("a.weight").normalized
     conform(Around(lambda x: swap_halves(x)), example(), groups={"z.weight": 4, "a.weight": 3})
     conform(Around(lambda x: running_sum(x)), example(), groups={"z.weight": 4})
@@ -217,12 +217,12 @@ def headed(x):
 
 
 def test_without_follow_what_the_integers_prevent_is_frozen():
-    rule("into_heads")(heads)
+    rule("shohin_tests::into_heads")(heads)
     graph = understand(Around(headed), example())
     assert graph.sizes == {"z.weight": 4}
     assert {f.address for f in graph.frozen} >= {"a.weight", "a.weight#2"}
     reasons = [f.reason for f in graph.frozen if f.address.startswith("a.")]
-    assert all("/into_heads.0: the operator gives" in r and "its integers need a rule (shohin.extend.follow)" in r for r in reasons)
+    assert all("/shohin_tests::into_heads.0: the operator gives" in r and "its integers need a rule (shohin.extend.follow)" in r for r in reasons)
     conform(Around(headed), example(), groups={"z.weight": 4})
 
 
@@ -234,17 +234,17 @@ def test_follow_that_gives_another_shape_is_found_out(early):
         set_argument(work, node, copy, 1, work.shape(work.of(node))[2])
 
     if early:
-        follow("into_heads")(sizes)
-    rule("into_heads")(heads)
+        follow("shohin_tests::into_heads")(sizes)
+    rule("shohin_tests::into_heads")(heads)
     if not early:
-        follow("into_heads")(sizes)
+        follow("shohin_tests::into_heads")(sizes)
     graph = understand(Around(headed), example())
     assert graph.sizes == {"z.weight": 4, "a.weight": 2}
     assert any("would stay; its integers need a rule" in f.reason for f in graph.frozen)
 
 
 def test_with_follow_the_integers_change_with_the_cut():
-    @follow("into_heads")
+    @follow("shohin_tests::into_heads")
     def sizes(work, node, copy):
         labels = work.of(node)
         if labels is not None:
@@ -252,7 +252,7 @@ def test_with_follow_the_integers_change_with_the_cut():
             set_argument(work, node, copy, 1, count)
             set_argument(work, node, copy, 2, width)
 
-    rule("into_heads")(heads)
+    rule("shohin_tests::into_heads")(heads)
     conform(Around(headed), example(), groups={"z.weight": 4, "a.weight": 2, "a.weight#2": 3})
 
 
@@ -271,7 +271,7 @@ def test_a_contraction_with_a_weight():
         def forward(self, x):
             return self.b(mixed_places(self.a(self.t(x.transpose(1, 2)).transpose(1, 2)), self.w).flatten(1))
 
-    rule("mixed_places")(places)
+    rule("shohin_tests::mixed_places")(places)
     torch.manual_seed(0)
     conform(Mixer(), (torch.randn(2, 4, 5),), groups={"t.weight": 3, "a.weight": 6, "b.weight": 4})
 
@@ -283,7 +283,7 @@ def test_numbers_that_are_not_finite_are_told_from_wrong_rules():
 
 def test_labels_are_what_rules_get():
     seen = []
-    rule("soft_gate")(lambda context, node, args: seen.append(args) or merge(context, node, *args))
+    rule("shohin_tests::soft_gate")(lambda context, node, args: seen.append(args) or merge(context, node, *args))
     understand(Gated(), example())
     ((x, y),) = seen
     assert isinstance(x, Labels) and isinstance(y, Labels) and x.shape == (2, 6) and x.varying == y.varying == (1,)

@@ -258,3 +258,27 @@ def test_a_removed_channel_that_is_read_alone_is_never_offered() -> None:
 
     call = Call(ODD["one of"][1](), {}, None, None)
     close(answers(seen, call), answers(model, call), "one of")
+
+
+@torch.library.custom_op("shohin_limits::relu", mutates_args=())
+def backwards(x: Tensor) -> Tensor:
+    """Called like torch's own operator, and another one."""
+    return x.flip(-1).clone()
+
+
+@backwards.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def test_an_operator_that_bears_the_name_of_torchs_own_is_not_taken_for_it() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.ops.shohin_limits.relu(self.a(x)))
+
+    graph = understand(Named(), (torch.randn(2, 4),))
+    assert not graph.groups and any("shohin_limits" in f.address for f in graph.frozen)

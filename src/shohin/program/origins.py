@@ -18,10 +18,12 @@ from shohin.program.refusals import is_user_file
 
 
 def family(node: fx.Node) -> str:
-    """The operator family of a node: the packet's name without a trailing underscore ("conv2d", "add")."""
+    """The operator family of a node: the name without a trailing underscore ("conv2d", "add"), with the namespace of an
+    operator that is not torch's own ("mylib::relu"): what it is called says nothing of what it does.
+    """
     target = node.target
-    name = target._schema.name.split("::")[-1] if hasattr(target, "_schema") else getattr(target, "__name__", str(target))
-    return str(name).rstrip("_")
+    name = str(target._schema.name if hasattr(target, "_schema") else getattr(target, "__name__", target))
+    return name.removeprefix("aten::").rstrip("_")
 
 
 def origins_of(graph: fx.Graph) -> dict[str, Origin]:

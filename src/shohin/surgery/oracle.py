@@ -115,6 +115,8 @@ class Mirror(nn.Module):
         self.norm = copy.deepcopy(norm)
         for name, parameter in list(self.norm.named_parameters(recurse=False)):
             setattr(self.norm, name, nn.Parameter(parameter.detach()[self.kept].clone()))
+        if isinstance(norm, nn.GroupNorm):
+            self.norm.num_groups = len({int(i) // (self.size // norm.num_groups) for i in self.kept})  # type: ignore[assignment]
         for name, value in list(vars(self.norm).items()):
             if type(value) is int and value == self.size:
                 setattr(self.norm, name, len(self.kept))

@@ -23,7 +23,7 @@ def attention(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
     if len(args) > 4 and args[4] not in (0, 0.0):
         return NotImplemented
     q, k, v = (context.labels(a) for a in args[:3])
-    if node.kwargs.get("enable_gqa") and k.shape[-3] != q.shape[-3]:
+    if node.kwargs.get("enable_gqa") and k.shape[-3] not in (1, q.shape[-3]):
         k, v = (_repeated(context, x, q.shape[-3] // x.shape[-3]) for x in (k, v))
     rank = len(q.shape)
     if len(k.shape) != rank or len(v.shape) != rank:
