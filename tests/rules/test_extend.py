@@ -222,7 +222,9 @@ def test_without_follow_what_the_integers_prevent_is_frozen():
     assert graph.sizes == {"z.weight": 4}
     assert {f.address for f in graph.frozen} >= {"a.weight", "a.weight#2"}
     reasons = [f.reason for f in graph.frozen if f.address.startswith("a.")]
-    assert all("/shohin_tests::into_heads.0: the operator gives" in r and "its integers need a rule (shohin.extend.follow)" in r for r in reasons)
+    assert all(
+        "/shohin_tests::into_heads.0: the operator gives" in r and "its integers need a rule (shohin.extend.follow)" in r for r in reasons
+    )
     conform(Around(headed), example(), groups={"z.weight": 4})
 
 
