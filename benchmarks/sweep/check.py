@@ -71,13 +71,15 @@ def _check(entry: Entry, record: dict[str, Any], plans: int, onnx: bool, reload:
         result, plan = _plans(entry, record, model, graph, plans)
     if onnx:
         record["stage"] = "onnx"
-        record["onnx"] = _onnx(entry, result)
+        record["onnx"] = _onnx(entry, _single(entry, result, plan))
         if record["onnx"].startswith("wrong"):
             raise Wrong(f"ONNX Runtime: {record['onnx']}")
     if reload:
         record["stage"] = "reload"
+        torch.manual_seed(1)
+        other = entry.build().eval().double()  # its computed buffers are the model's: rounded to float32
         with Exact() if _casts(program) else nullcontext():
-            _reload(entry, result, plan)
+            _reload(entry, other, result, plan)
 
 
 def _plans(entry: Entry, record: dict[str, Any], model: nn.Module, graph: Graph, plans: int) -> tuple[Cut, Plan]:
@@ -100,7 +102,7 @@ def _plans(entry: Entry, record: dict[str, Any], model: nn.Module, graph: Graph,
         result = _cut(record, model, graph, plan)
     after, left = _sizes(result.model, _tables(model))
     record["ratio"] = round((after - left) / max(record["parameters"] - record["embeddings"], 1), 4)
-    record.update(form=result.form, reason=result.reason)
+    record.update(form=result.form, reason=result.reason, parts=list(result.parts))
     if not silent:
         _compare(entry, record, model, graph, plan, result, 9)
     else:
@@ -177,12 +179,21 @@ def _casts(program: Program) -> bool:
     return any(v.dtype is torch.float32 for v in values)
 
 
-def _onnx(entry: Entry, result: Cut) -> str:
+def _single(entry: Entry, result: Cut, plan: Plan) -> nn.Module:
+    """The cut model in float32. Programs hold the types of their constants, so what is not the user's own code is cut once more."""
+    if result.form == "module" and not result.parts:
+        return copy.deepcopy(result.model).float()
+    model = _model(entry).float()
+    graph = confirm(understand_program(capture(model, Call(*single(entry.arguments(2, 0)), None, None))))
+    return cut(model, graph, Plan(graph.program.fingerprint, plan.widths), form=result.form).model
+
+
+def _onnx(entry: Entry, model: nn.Module) -> str:
     """ "ok", "wrong: ..." or why there is no file."""
     from shohin.targets.onnxruntime.lower import lower
     from shohin.targets.onnxruntime.session import Runner
 
-    model = copy.deepcopy(result.model).float().eval()
+    model.eval()
     args, kwargs = single(entry.arguments(2, 5))
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = Path(folder) / "cut.onnx"
@@ -195,15 +206,13 @@ def _onnx(entry: Entry, result: Cut) -> str:
     return "ok" if error <= ONNX_TOLERANCE else f"wrong: {where}, {error:.1e}"
 
 
-def _reload(entry: Entry, result: Cut, plan: Plan) -> None:
-    """Weights and plan to disk and back, into a cut of a model with other weights."""
+def _reload(entry: Entry, other: nn.Module, result: Cut, plan: Plan) -> None:
+    """Weights and plan to disk and back, into a cut of another model, with other weights."""
     arguments = doubled(entry.arguments(2, 6))
     with tempfile.TemporaryDirectory() as folder:
         state = {k: v.detach().clone().contiguous() for k, v in result.model.state_dict().items()}
         save_file(state, str(Path(folder) / "cut.safetensors"))
         (Path(folder) / "plan.json").write_text(json.dumps(plan.to_json()))
-        torch.manual_seed(1)
-        other = entry.build().eval().double()
         graph = confirm(understand_program(capture(other, Call(*doubled(entry.arguments(2, 0)), None, None))))
         again = cut(other, graph, Plan.from_json(json.loads((Path(folder) / "plan.json").read_text())), form=result.form)
         if again.form != result.form:

@@ -153,10 +153,10 @@ class Mirror(nn.Module):
 def _normalizations(model: nn.Module, graph: Graph) -> tuple[set[str], dict[str, str]]:
     """Paths of modules that can be mirrored, and the groups that meet a normalization which cannot."""
     program = graph.program
-    owner = np.full(graph.label_count, -1)
+    owners = np.zeros((len(graph.groups), graph.label_count), dtype=bool)  # an element can have a head and a dim, both chosen
     for number, group in enumerate(graph.groups):
         for classes in group.units:
-            owner[classes] = number
+            owners[number, classes] = True
     modules = dict(model.named_modules(remove_duplicate=False))
     entangled = _entangled(program)
     mirrored: set[str] = set()
@@ -167,10 +167,10 @@ def _normalizations(model: nn.Module, graph: Graph) -> tuple[set[str], dict[str,
             continue
         origin = program.origins[node.name]
         parameters = {program.names[n.name] for n in node.all_input_nodes if n.name in program.names}
-        entering = set().union(*(_groups(graph, owner, graph.labels.get(n.name)) for n in node.all_input_nodes))
-        leaving = _groups(graph, owner, graph.labels.get(node.name))
+        entering = set().union(*(_groups(graph, owners, graph.labels.get(n.name)) for n in node.all_input_nodes))
+        leaving = _groups(graph, owners, graph.labels.get(node.name))
         if "softmax" in name:
-            leaving -= _groups(graph, owner, _along(graph.labels.get(node.name), node.args[1]))
+            leaving -= _groups(graph, owners, _along(graph.labels.get(node.name), node.args[1]))
         for group in graph.groups:
             if group.name not in entering:
                 continue
@@ -203,13 +203,13 @@ def _can_mirror(module: nn.Module | None, path: str, group: UnitGroup) -> bool:
     return bool(own) and all(p.dim() == 1 and 0 in group.slices.get(f"{path}.{n}", {}) for n, p in own.items())
 
 
-def _groups(graph: Graph, owner: Array, labels: Any) -> set[str]:
+def _groups(graph: Graph, owners: Array, labels: Any) -> set[str]:
     """Names of the groups whose units lie in a tensor."""
     found: set[int] = set()
     for one in labels if isinstance(labels, tuple) else () if labels is None else (labels,):
-        planes = one.planes
-        found.update(i for plane in planes for i in np.unique(owner[plane]).tolist())
-    return {graph.groups[i].name for i in found if i >= 0}
+        for plane in one.planes:
+            found.update(np.flatnonzero(owners[:, np.unique(plane)].any(axis=1)).tolist())
+    return {graph.groups[i].name for i in found}
 
 
 def _entangled(program: Program) -> set[str]:
