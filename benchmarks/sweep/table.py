@@ -9,7 +9,10 @@ from typing import Any
 def table(records: list[dict[str, Any]]) -> str:
     """Markdown: a summary, then one line for each model."""
     lines = ["# Sweep", "", "Made by `make sweep`. Half width: half of the units of every group, in float64, against the oracle.", ""]
-    lines += ["| family | models | cut | at most 70 % left | user's class | without program parts | wrong |", "|---|---|---|---|---|---|---|"]
+    lines += [
+        "| family | models | cut | at most 70 % left | user's class | without program parts | wrong |",
+        "|---|---|---|---|---|---|---|",
+    ]
     families = list(dict.fromkeys(r["family"] for r in records))
     for family in [*families, "all"]:
         of = [r for r in records if family in (r["family"], "all")]

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from shohin.graph import Graph
 from shohin.plan import Plan
-from shohin.program import Program
+from shohin.program import Program, ProgramModule
+from shohin.surgery.differences import Difference, adapted, differences, text
 from shohin.surgery.grafts import grafts
 from shohin.surgery.proof import Proof, prove
-from shohin.surgery.reasons import first_difference
 from shohin.surgery.repair import Skip, repairs
 from shohin.surgery.rewrite import rewrite
 from shohin.surgery.rewritten import Rewritten
@@ -70,7 +70,11 @@ def cut(model: nn.Module, graph: Graph, plan: Plan, *, form: str = "module") -> 
             proof = prove(graph.program, repaired, view)
             if proof.holds:
                 return Cut(repaired, "module", "", proof, removed, rewritten)
-            reason = reason or _reason(graph.program, rewritten, repaired, proof)
+            found = differences(graph.program, repaired, rewritten) if proof.error < float("inf") else []
+            reason = reason or _reason(graph.program, proof, found)
+            scaled = _with_scales(model, graph, plan, rewritten, view, found)
+            if scaled is not None:
+                return Cut(scaled[0], "module", "", scaled[2], removed, scaled[1])
         for grafted in grafts(model, graph, plan, rewritten):
             if not isinstance(grafted, str):
                 proof = prove(graph.program, grafted.model, view)
@@ -81,13 +85,32 @@ def cut(model: nn.Module, graph: Graph, plan: Plan, *, form: str = "module") -> 
     return Cut(again, "program", reason, prove(graph.program, again, view), removed, rewritten)
 
 
-def _reason(program: Program, rewritten: Rewritten, repaired: nn.Module, proof: Proof) -> str:
+def _with_scales(
+    model: nn.Module, graph: Graph, plan: Plan, rewritten: Rewritten, view: ProgramModule, found: list[Difference]
+) -> tuple[nn.Module, Rewritten, Proof] | None:
+    """The user's class with the scales that its forward computes, and parameters that make up for them; proved twice: it equals the
+    program with these scales, in outputs and gradients, and that program has the view's outputs.
+    """
+    other = adapted(graph.program, rewritten, found) if found else None
+    if other is None:
+        return None
+    seen = view_of(graph, other)
+    if not prove(graph.program, seen, view, gradients=False).holds:
+        return None
+    for repaired in repairs(model, graph, plan, other):
+        if not isinstance(repaired, str):
+            proof = prove(graph.program, repaired, seen)
+            if proof.holds:
+                return repaired, other, proof
+    return None
+
+
+def _reason(program: Program, proof: Proof, found: list[Difference]) -> str:
     """Why a repaired class was not proved, with the source line."""
     if proof.error == float("inf"):
         return proof.where
     differs = f"the repaired class does not equal the view ({proof.where}, relative error {proof.error:.1e})"
-    first = first_difference(program, rewritten, repaired)
-    return f"{differs}: {first}" if first else differs
+    return f"{differs}: {text(program, found[0])}" if found else differs
 
 
 def cut_sharing_values(model: nn.Module, graph: Graph, plan: Plan) -> Cut:

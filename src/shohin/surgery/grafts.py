@@ -14,7 +14,7 @@ from shohin.graph import Graph
 from shohin.plan import Plan
 from shohin.program import Program
 from shohin.surgery import attentions
-from shohin.surgery.reasons import differing_node
+from shohin.surgery.differences import differences
 from shohin.surgery.repair import repairs
 from shohin.surgery.rewritten import Rewritten
 from shohin.surgery.shares import record, share
@@ -117,6 +117,6 @@ def _failing(program: Program, copy: nn.Module) -> str | None:
 
 def _differing(program: Program, rewritten: Rewritten, copy: nn.Module) -> str | None:
     """The module of the first constant that differs, or of the first that changed without a known source."""
-    node = differing_node(program, rewritten, copy)
-    names = [node] if node else [c.node for c in rewritten.changes if (c.node, c.position) not in program.sources]
+    found = differences(program, copy, rewritten)
+    names = [found[0].node.name] if found else [c.node for c in rewritten.changes if (c.node, c.position) not in program.sources]
     return next((program.origins[n].module for n in names if n in program.origins), None)

@@ -35,12 +35,15 @@ class Proof:
     where: str
 
 
-def prove(program: Program, module: nn.Module, view: nn.Module, *, tolerance: float = TOLERANCE, seed: int = 0) -> Proof:
+def prove(
+    program: Program, module: nn.Module, view: nn.Module, *, tolerance: float = TOLERANCE, seed: int = 0, gradients: bool = True
+) -> Proof:
     """Compares ``module`` with ``view`` in float64.
 
     Args:
         program: gives the shapes and types of inputs.
         module, view: with equal signatures and parameter names; copies are compared, the originals stay as they are.
+        gradients: False compares outputs only.
     """
     generator = torch.Generator().manual_seed(seed)
     fixed = any("batch" in remark for remark in program.remarks)
@@ -50,10 +53,10 @@ def prove(program: Program, module: nn.Module, view: nn.Module, *, tolerance: fl
         for batch in (program.batch,) if fixed else (2, 3):
             inputs = [random_input(x, batch, generator) for x in program.example]
             with double_precision():
-                error, place = _compare(program, a, b, inputs, generator)
+                error, place = _compare(program, a, b, inputs, generator, gradients)
                 if any(isinstance(m, nn.MultiheadAttention) for m in a.modules()):  # without gradients torch runs another kernel
                     with torch.no_grad():
-                        error, place = max((error, place), _compare(program, a, b, inputs, generator), key=_size)
+                        error, place = max((error, place), _compare(program, a, b, inputs, generator, False), key=_size)
             if not error <= worst:
                 worst, where = error, f"{place} at batch {batch}"
     except Exception as error:  # whatever the user's forward raises is a reason, not a crash
@@ -87,7 +90,9 @@ def random_input(x: Any, batch: int, generator: torch.Generator) -> Any:
     return x.cpu()[torch.randint(0, len(x), (batch,), generator=generator)]
 
 
-def _compare(program: Program, a: nn.Module, b: nn.Module, inputs: list[Any], generator: torch.Generator) -> tuple[float, str]:
+def _compare(
+    program: Program, a: nn.Module, b: nn.Module, inputs: list[Any], generator: torch.Generator, gradients: bool
+) -> tuple[float, str]:
     results = []
     weights: list[Tensor] = []
     for module in (a, b):
@@ -98,7 +103,7 @@ def _compare(program: Program, a: nn.Module, b: nn.Module, inputs: list[Any], ge
             weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in outputs]
         found = {f"output {i}": t.detach() for i, t in enumerate(outputs)}
         loss = sum(((t * w).sum() for t, w in zip(outputs, weights, strict=True) if t.requires_grad), torch.zeros(()))
-        if isinstance(loss, Tensor) and loss.requires_grad:
+        if gradients and isinstance(loss, Tensor) and loss.requires_grad:
             named = {n: p for n, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
             distinct = list({id(p): p for p in named.values()}.values())
             leaves = [t for t in flat if isinstance(t, Tensor) and t.requires_grad]

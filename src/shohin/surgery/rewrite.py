@@ -18,10 +18,11 @@ from shohin.graph.labels.core import Array, Labels
 from shohin.graph.labels.movement import MOVEMENT
 from shohin.graph.labels.recurrent import FILLED
 from shohin.plan import Plan
-from shohin.program import family
+from shohin.program import family, shape_of
 from shohin.surgery.follow import FOLLOW
 from shohin.surgery.moves import check_movement
 from shohin.surgery.rewritten import CannotRewrite, Rewritten
+from shohin.surgery.scales import Scaling, settle
 from shohin.surgery.work import Work
 
 
@@ -69,13 +70,23 @@ def attempt(graph: Graph, plan: Plan) -> tuple[Rewritten, dict[str, CannotRewrit
         except CannotRewrite as error:
             origin = program.origins[node.name]
             failed[node.name] = CannotRewrite(f"{origin.address}: {error}" + (f" ({origin.line})" if origin.line else ""))
+    scaled, refused = settle(program, work.scalings)
+    for scaling in refused:
+        _write_scale(work, scaling)
     _drop_unused(result, program.names)
-    return Rewritten(result, kept, tuple(work.changes), tuple(work.mended), program.tensors, work.scaled), failed
+    return Rewritten(result, kept, tuple(work.changes), tuple(work.mended), program.tensors, scaled), failed
 
 
 def _fills(graph: Graph, node: fx.Node) -> bool:
     """True for a tensor of one value that no other constant is made of: its sizes follow, as the class's own would."""
     return family(node) in FILLED and all(u.name not in graph.constants for u in node.users)
+
+
+def _write_scale(work: Work, scaling: Scaling) -> None:
+    """The default scale of an attention as a number: the class would need one too."""
+    copy = work.new[scaling.reader]
+    copy.kwargs = {**copy.kwargs, "scale": float(shape_of(scaling.value)[-1]) ** -0.5}
+    work.mended.append(scaling.reader.name)
 
 
 def _check_skips(work: Work, plan: Plan, by_name: Mapping[str, fx.Node]) -> None:

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from torch import Tensor, fx
+from torch import fx
 
 from shohin.graph import Graph, kept_indices
 from shohin.graph.labels.core import Array, Labels
 from shohin.program.nodes import argument, arguments, flatten
 from shohin.surgery.rewritten import CannotRewrite, Change
+from shohin.surgery.scales import Scaling
 
 
 @dataclass
@@ -23,7 +24,7 @@ class Work:
         gone: boolean over labels.
         new: original node -> its copy.
         parts: constant node -> what stays of it, for readers that are not constants themselves.
-        scaled: see `Rewritten`.
+        scalings: of attention whose default scale follows the head dim.
     """
 
     graph: Graph
@@ -32,7 +33,7 @@ class Work:
     parts: dict[fx.Node, fx.Node] = field(default_factory=dict)
     changes: list[Change] = field(default_factory=list)
     mended: list[str] = field(default_factory=list)
-    scaled: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
+    scalings: list[Scaling] = field(default_factory=list)
     _kept: dict[int, dict[int, Array]] = field(default_factory=dict)
 
     def kept(self, labels: Labels) -> dict[int, Array]:

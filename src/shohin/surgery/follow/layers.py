@@ -7,7 +7,7 @@ from torch import fx
 
 from shohin.program.nodes import argument, arguments
 from shohin.surgery.follow.table import follow
-from shohin.surgery.queries import query_rows
+from shohin.surgery.scales import Scaling
 from shohin.surgery.work import Work, set_argument, set_sizes
 
 
@@ -47,13 +47,7 @@ def group_norm(work: Work, node: fx.Node, copy: fx.Node) -> None:
 
 @follow("scaled_dot_product_attention")
 def attention(work: Work, node: fx.Node, copy: fx.Node) -> None:
-    """The default scale follows the head dim: the query rows make up for it, or the original scale is written out."""
+    """The default scale follows the head dim: the query rows make up for it, or the original scale is written out at the end."""
     query = work.of(node.args[0])
     if query is not None and work.shape(query)[-1] != query.shape[-1] and copy.kwargs.get("scale") is None:
-        found = query_rows(work.graph.program, node)
-        if found is not None:
-            names, rows = found
-            work.scaled.update(dict.fromkeys(names, (rows, (work.shape(query)[-1] / query.shape[-1]) ** 0.5)))
-            return
-        copy.kwargs = {**copy.kwargs, "scale": float(query.shape[-1]) ** -0.5}
-        work.mended.append(node.name)
+        work.scalings.append(Scaling(node, arguments(node)[0], (work.shape(query)[-1] / query.shape[-1]) ** 0.5))
