@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import count, islice
 from types import MappingProxyType
 from typing import Any
 
@@ -64,11 +65,14 @@ class Plan:
     def then(self, later: Plan) -> Plan:
         """This plan followed by ``later``, whose widths index the units that this plan left.
 
+        A group of which one unit is left is no choice any more: groups of the same tensor that come after it move up in the cut
+        model ("a.weight#2" becomes "a.weight"), and ``later`` names them so.
+
         Raises:
             PlanError: if ``later`` keeps a unit that this plan did not leave.
         """
         widths = dict(self.widths)
-        for name, kept in later.widths.items():
+        for name, kept in ((self._named_before(n), k) for n, k in later.widths.items()):
             if name not in widths:
                 widths[name] = kept
                 continue
@@ -77,6 +81,13 @@ class Plan:
                 raise PlanError(f"group {name!r}: the later plan keeps unit {kept[-1]}, but the earlier plan left only {len(left)}")
             widths[name] = tuple(left[i] for i in kept)
         return Plan(self.fingerprint, widths, (*self.skips, *later.skips), {**self.formats, **later.formats})
+
+    def _named_before(self, name: str) -> str:
+        """The name in this plan's model of a group of the model that it leaves."""
+        tensor, _, number = name.partition("#")
+        names = (tensor if i == 1 else f"{tensor}#{i}" for i in count(1))
+        left = (n for n in names if len(self.widths.get(n, ())) != 1)
+        return next(islice(left, int(number or 1) - 1, None))
 
     def merge(self, other: Plan) -> Plan:
         """Both plans at once; they must be for the same model and choose at different sites.

@@ -30,7 +30,7 @@ CONVOLUTIONS = {
     "grouped": convolution(
         "conv2d", lambda: nn.Conv2d(8, 6, 1, groups=2), units=8, out=6, groups={"a.weight": 2, "a.weight#2": 4, "m.weight": 3}
     ),
-    "grouped, one output each": convolution("conv1d", lambda: nn.Conv1d(6, 3, 1, groups=3), 1, 6, 3, {"a.weight": 2}),
+    "grouped, one output each": convolution("conv1d", lambda: nn.Conv1d(6, 3, 1, groups=3), 1, 6, 3, {"a.weight": 3, "a.weight#2": 2}),
     "depthwise": convolution("conv2d", lambda: nn.Conv2d(6, 6, 2, groups=6), groups={"a.weight": 6}),
     "depthwise with multiplier": convolution("conv2d", lambda: nn.Conv2d(4, 8, 2, groups=4), units=4, out=8, groups={"a.weight": 4}),
     "grouped over whole inputs": own(

@@ -136,6 +136,15 @@ class Mirror(nn.Module):
         shape[axis] = self.size
         return part.new_zeros(shape).index_copy(axis, self.kept, part)
 
+    def __getattr__(self, name: str) -> Any:
+        """What other modules read of a normalization (``norm.weight.dtype``)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("norm", "whole"):
+                raise
+            return getattr(self.norm, name)
+
     def _axis(self, x: Tensor, args: Any, kwargs: Any) -> int:
         """The axis along which the first element of the weight acts."""
         axes = [d for d in range(x.dim()) if x.shape[d] == self.size]
@@ -200,6 +209,9 @@ def _can_mirror(module: nn.Module | None, path: str, group: UnitGroup) -> bool:
     if module is None or any(True for _ in module.children()):
         return False
     own = dict(module.named_parameters(recurse=False))
+    size = max((len(p) for p in own.values() if p.dim() == 1), default=0)
+    if not isinstance(module, nn.GroupNorm) and any(type(v) is int and 1 < v < size and size % v == 0 for v in vars(module).values()):
+        return False  # it may normalize groups of channels: of that size, or of that number
     return bool(own) and all(p.dim() == 1 and 0 in group.slices.get(f"{path}.{n}", {}) for n, p in own.items())
 
 

@@ -110,14 +110,14 @@ def _grouped(context: Context, weight: Any, bias: Any, inputs: Array, shape: tup
     """
     groups = len(inputs)
     outputs = context.made(weight, 0).reshape(groups, -1)
-    if isinstance(weight, Parameter) and inputs.all() and min(inputs.shape[1], outputs.shape[1]) > 1:
+    if isinstance(weight, Parameter) and inputs.all():
         whole = context.classes.fresh(groups)
         context.classes.link(whole, list(inputs))
         context.classes.link(whole, list(outputs))
         columns = context.classes.fresh(inputs.shape[1])
         context.bind(weight, 1, columns)
         context.classes.link(columns, list(inputs.T))
-        context.classes.grids += [inputs, outputs]
+        context.classes.grids += [g for g in (inputs, outputs) if g.shape[1] > 1]
     else:
         context.classes.unite(inputs, inputs[:1])
         context.classes.unite(outputs, outputs[:1])
