@@ -65,14 +65,16 @@ class Plan:
     def then(self, later: Plan) -> Plan:
         """This plan followed by ``later``, whose widths index the units that this plan left.
 
-        A group of which one unit is left is no choice any more: groups of the same tensor that come after it move up in the cut
-        model ("a.weight#2" becomes "a.weight"), and ``later`` names them so.
+        Of two groups that choose among the same rows (heads, and their dims), one that is down to one unit is no choice any more:
+        the groups after it move up in the cut model ("a.weight#2" becomes "a.weight"), and ``later`` names them so.
 
         Raises:
             PlanError: if ``later`` keeps a unit that this plan did not leave.
         """
         widths = dict(self.widths)
-        for name, kept in ((self._named_before(n), k) for n, k in later.widths.items()):
+        moved = {n.partition("#")[0] for n in later.widths if len(self.widths.get(n, ())) == 1}
+        for later_name, kept in later.widths.items():
+            name = self._named_before(later_name) if later_name.partition("#")[0] in moved else later_name
             if name not in widths:
                 widths[name] = kept
                 continue
@@ -83,7 +85,7 @@ class Plan:
         return Plan(self.fingerprint, widths, (*self.skips, *later.skips), {**self.formats, **later.formats})
 
     def _named_before(self, name: str) -> str:
-        """The name in this plan's model of a group of the model that it leaves."""
+        """The name in this plan's model of a group that has moved up in the model that it leaves."""
         tensor, _, number = name.partition("#")
         names = (tensor if i == 1 else f"{tensor}#{i}" for i in count(1))
         left = (n for n in names if len(self.widths.get(n, ())) != 1)

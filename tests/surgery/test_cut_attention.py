@@ -13,7 +13,7 @@ from shohin.data import Call
 from shohin.errors import ModelError
 from shohin.plan import Plan
 from shohin.surgery import cut, understand, view
-from shohin.surgery.multihead import MultiheadAttention, as_independent
+from shohin.surgery.classes.multihead import MultiheadAttention, as_independent
 from surgery_checks import answers, close
 
 MASKS = ("none", "bool", "float", "heads")

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shohin.plan import Plan
 from shohin.surgery import rewrite, understand
-from shohin.surgery.repair import repairs
+from shohin.surgery.classes.repair import repairs
 
 
 class Live(TorchDispatchMode):

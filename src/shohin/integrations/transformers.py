@@ -22,7 +22,7 @@ from shohin.plan import Plan
 from shohin.program import Place
 from shohin.program.provenance import Tagged
 from shohin.surgery import CannotRewrite, Cut, Rewritten, prove, rewrite
-from shohin.surgery.sources import wanted
+from shohin.surgery.classes.sources import wanted
 
 
 def uniform(graph: Graph, model: Any, keep: float, *, of: str | None = None, scores: Mapping[str, Sequence[float]] | None = None) -> Plan:

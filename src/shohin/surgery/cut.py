@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from shohin.graph import Graph
 from shohin.plan import Plan
 from shohin.program import Program, ProgramModule
-from shohin.surgery.differences import Difference, adapted, differences, text
-from shohin.surgery.grafts import grafts
+from shohin.surgery.classes.differences import Difference, adapted, differences, text
+from shohin.surgery.classes.grafts import grafts
+from shohin.surgery.classes.repair import Skip, repairs
 from shohin.surgery.proof import Proof, prove
-from shohin.surgery.repair import Skip, repairs
 from shohin.surgery.rewrite import rewrite
 from shohin.surgery.rewritten import Rewritten
 from shohin.surgery.view import view_of

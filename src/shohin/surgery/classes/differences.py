@@ -15,9 +15,9 @@ from shohin.data import Call
 from shohin.errors import ShohinError
 from shohin.program import Program, capture, concrete, family
 from shohin.program.nodes import flatten
+from shohin.surgery.classes.sources import where
 from shohin.surgery.rewritten import Rewritten
 from shohin.surgery.scales import Scaling, settle
-from shohin.surgery.sources import where
 
 
 @dataclass(frozen=True, eq=False)

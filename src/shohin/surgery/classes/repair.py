@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from shohin.graph import Graph
 from shohin.plan import Plan
 from shohin.program import Program, structural_copy
-from shohin.surgery import attentions
-from shohin.surgery.describe import describe
+from shohin.surgery.classes import attentions
+from shohin.surgery.classes.describe import describe
+from shohin.surgery.classes.sources import assign, wanted, where
 from shohin.surgery.rewritten import Rewritten
-from shohin.surgery.sources import assign, wanted, where
 
 
 class Skip(nn.Module):

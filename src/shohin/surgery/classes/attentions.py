@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 
 from shohin.program import Program
-from shohin.surgery.multihead import MultiheadAttention, as_independent, head_dims, is_multihead
+from shohin.surgery.classes.multihead import MultiheadAttention, as_independent, head_dims, is_multihead
 from shohin.surgery.rewritten import Rewritten
 
 PARTS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")

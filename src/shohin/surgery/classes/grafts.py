@@ -13,11 +13,11 @@ from torch.utils import _pytree as pytree
 from shohin.graph import Graph
 from shohin.plan import Plan
 from shohin.program import Program
-from shohin.surgery import attentions
-from shohin.surgery.differences import differences
-from shohin.surgery.repair import repairs
+from shohin.surgery.classes import attentions
+from shohin.surgery.classes.differences import differences
+from shohin.surgery.classes.repair import repairs
+from shohin.surgery.classes.shares import record, share
 from shohin.surgery.rewritten import Rewritten
-from shohin.surgery.shares import record, share
 
 #: rounds of blame; each takes in all modules of a class
 ROUNDS = 4
