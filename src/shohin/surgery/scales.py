@@ -21,7 +21,7 @@ from shohin.program.nodes import flatten
 
 LAYERS = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
 #: one tensor in, and multiplying it multiplies what comes out
-LINEAR = frozenset({"neg", "to", "_to_copy", "clone", "contiguous", "alias", "dropout", "getitem", "div"})
+LINEAR = frozenset({"neg", "to", "_to_copy", "clone", "contiguous", "alias", "dropout", "getitem", "div", "view_as", "reshape_as"})
 SUMS = frozenset({"add", "sub", "cat", "concat", "stack"})
 #: either factor will do; the first is the queries by custom
 PRODUCTS = frozenset({"mul", "matmul", "bmm", "einsum"})

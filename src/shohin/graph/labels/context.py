@@ -106,6 +106,7 @@ class Context:
         """
         if not isinstance(value, (Parameter, Labels, torch.Tensor)) or value.shape[axis] == 1:
             return  # the only index never goes
+        whole = labels is None
         if labels is None:
             labels = np.zeros(value.shape[axis], np.int64)
         plane = line(axis, labels, len(value.shape))
@@ -115,8 +116,8 @@ class Context:
             return
         planes = value.planes if isinstance(value, (Parameter, Labels)) else ()
         for other in planes:
-            if other.shape[axis] > 1:
-                self.classes.unite(other, plane)
+            if other.shape[axis] > 1:  # whole along this axis: what is chosen along another one stays a choice
+                self.classes.unite(other, other.take([0], axis) if whole and len(axes_of(other)) > 1 else plane)
                 return
         self.classes.freeze(np.unique(labels))
 

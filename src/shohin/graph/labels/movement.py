@@ -10,7 +10,7 @@ from torch import fx
 
 from shohin.graph.labels.algebra import merge
 from shohin.graph.labels.context import Context, Parameter
-from shohin.graph.labels.core import Array, Labels, axes_of, expanded, from_tensor, line
+from shohin.graph.labels.core import Array, Classes, Labels, axes_of, expanded, from_tensor, line
 from shohin.graph.labels.rules import rule
 from shohin.program import concrete, family, shape_of
 from shohin.program.nodes import argument, arguments, flatten, run
@@ -121,7 +121,7 @@ def movement(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
             found.append(from_tensor(value))
     out = [context.tidy(found, shape) for found, shape in zip(results, shapes, strict=True)]
     if family(node) in SHAPED:
-        return merge(context, node, out[0], args[1])
+        return _shaped(context, node, out[0], args[1])
     return out[0] if isinstance(node.meta["val"], torch.Tensor) else out
 
 
@@ -136,6 +136,34 @@ def expand(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
     repeated = [d for d, n in enumerate(sizes) if isinstance(n, int) and n > 1 and d >= lead and args[0].shape[d - lead] == 1]
     fresh = [line(d, context.classes.fresh(int(sizes[d])), len(sizes)) for d in repeated]
     return context.tidy([*moved.planes, *fresh], moved.shape)
+
+
+def _shaped(context: Context, node: fx.Node, x: Labels, other: Any) -> Labels:
+    """Both must keep as much of each axis: the same indices, unless asking for these would tie all of an axis together.
+
+    That happens where halves of a table are interleaved and take the table's own shape (rotary angles): the indices that go
+    differ, their number does not, and the rewriting checks it.
+    """
+    y = context.labels(other)
+    if any(len(axes_of(p)) > 1 for p in (*x.planes, *y.planes)):
+        return merge(context, node, x, other)
+    for axis in range(len(x.shape)):
+        a, b = x.plane(axis), y.plane(axis)
+        if a.size > 1 and b.size > 1:
+            if not _would_be_one(a.reshape(-1), b.reshape(-1)):
+                context.classes.unite(a, b)
+        elif max(a.size, b.size) > 1:
+            context.freeze(node, "a prunable axis meets a whole one", a if a.size > 1 else b)
+    return context.labels(x)
+
+
+def _would_be_one(a: Array, b: Array) -> bool:
+    """True if uniting the labels pair by pair leaves one class of them."""
+    names, ends = np.unique(np.concatenate((a, b)), return_inverse=True)
+    classes = Classes()
+    labels = classes.fresh(len(names))
+    classes.unite(labels[ends[: len(a)]], labels[ends[len(a) :]])
+    return len(np.unique(classes.find(labels))) == 1
 
 
 def _alike(context: Context, node: fx.Node, moved: list[Any]) -> None:

@@ -9,8 +9,9 @@ from torch import fx
 
 from shohin.graph.labels.algebra import meet
 from shohin.graph.labels.context import Context, Parameter
-from shohin.graph.labels.core import Array, Labels, rigid
+from shohin.graph.labels.core import Array, Labels, axes_of, rigid
 from shohin.graph.labels.rules import rule
+from shohin.program import family
 
 
 def _channels(x: Labels) -> Array | None:
@@ -19,9 +20,14 @@ def _channels(x: Labels) -> Array | None:
 
 @rule("batch_norm", "instance_norm", "_native_batch_norm_legit_no_training")
 def batch_norm(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
-    """Four vectors along axis 1; statistics are over the other axes, so labels must vary on axis 1 only."""
+    """Four vectors along axis 1. Other axes are treated alike; where statistics are computed over them, they are normalized."""
     x = context.labels(args[0])
-    x = context.collapse(x, [0, *range(2, len(x.shape))])
+    if len(args) > 5 and args[5] is True and family(node) in ("batch_norm", "instance_norm"):
+        context.normalized.extend(p for p in x.planes if axes_of(p) != (1,))
+        if any(len(axes_of(p)) > 1 for p in x.planes):
+            x = context.collapse(x, [0, *range(2, len(x.shape))])
+    else:
+        x = context.collapse(x, [0, *range(2, len(x.shape))])
     for value in args[1:5]:
         context.bind(value, 0, _channels(x))
     x = context.labels(x)
