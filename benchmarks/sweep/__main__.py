@@ -86,7 +86,7 @@ def main() -> int:
     parser.add_argument("--only", action="append", default=[], help="a pattern of names (several may be given)")
     parser.add_argument("--list", action="store_true", help="names and families, without running")
     parser.add_argument("--again", action="store_true", help="also what is done already")
-    parser.add_argument("--limit", type=float, default=300, help="seconds for each model")
+    parser.add_argument("--limit", type=float, default=600, help="seconds for each model")
     options = parser.parse_args()
     import torch
 

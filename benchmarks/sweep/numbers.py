@@ -11,6 +11,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 
+class Wrong(Exception):
+    """Something differs that must be equal."""
+
+
 class Exact(TorchFunctionMode):
     """Inside, models that cast to float32 on the way (norms, softmax) stay in float64: rounding does not hide or fake differences."""
 
@@ -37,9 +41,14 @@ def single(arguments: Any) -> Any:
 
 def outputs_of(value: Any) -> list[Tensor]:
     """All floating tensors of an output, in order."""
+    return [t for t in pytree.tree_leaves(_plain(value)) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _plain(value: Any) -> Any:
+    """What a file returns are mappings that torch does not look into."""
     if isinstance(value, Mapping):
-        value = dict(value)  # what a file returns is a mapping that torch does not look into
-    return [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor) and t.is_floating_point()]
+        return {k: _plain(v) for k, v in value.items()}
+    return type(value)(map(_plain, value)) if type(value) in (tuple, list) else value
 
 
 def run(model: nn.Module, arguments: Any) -> tuple[list[Tensor], dict[str, Tensor | None], list[Tensor]]:

@@ -1,4 +1,4 @@
-"""The torchvision models: all for classification, segmentation, and detection where a trace allows."""
+"""The torchvision models: all for classification, segmentation and detection."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def entries() -> list[Entry]:
     tv = torchvision_models()
     found = [_classification(name) for name in tv.list_models(tv)]
     found += [_segmentation(name) for name in tv.list_models(tv.segmentation)]
+    found += [_detection(name) for name in tv.list_models(tv.detection)]
     return found
 
 
@@ -42,6 +43,19 @@ def _classification(name: str) -> Entry:
 
 def _segmentation(name: str) -> Entry:
     return Entry(f"torchvision/{name}", "segmentation", lambda: _build(name, None), _images(64))
+
+
+def _detection(name: str) -> Entry:
+    """Its forward takes a list of images of any sizes, which no program can: understood by parts."""
+
+    def build() -> nn.Module:
+        sizes = {} if name.startswith("ssd") else {"min_size": 64, "max_size": 64}
+        return torchvision_models().get_model(name, weights=None, weights_backbone=None, **sizes)
+
+    def call(batch: int, generator: torch.Generator) -> Arguments:
+        return ([floats(generator, 3, 64, 64).sigmoid() for _ in range(batch)],), {}
+
+    return Entry(f"torchvision/{name}", "detection", build, call)
 
 
 def _images(size: int) -> Any:

@@ -32,7 +32,9 @@ AVERAGE = frozenset(
         "std_mean",
         "logsumexp",
         "softmax",
+        "_softmax",
         "log_softmax",
+        "_log_softmax",
         "sum",
         "max",
         "min",
@@ -44,6 +46,8 @@ AVERAGE = frozenset(
         "quantile",
     }
 )
+#: its softmax is over the keys
+ATTENTION = "scaled_dot_product_attention"
 #: operators that make one element of a computed weight depend on others
 ENTANGLE = (
     AVERAGE | NORMALIZE | {"_weight_norm", "_weight_norm_interface", "norm", "linalg_vector_norm", "sum", "batch_norm", "linalg_norm"}
@@ -172,7 +176,7 @@ def _normalizations(model: nn.Module, graph: Graph) -> tuple[set[str], dict[str,
     silent: dict[str, str] = {}
     for node in program.graph.nodes:
         name = family(node) if node.op == "call_function" else ""
-        if name not in NORMALIZE and name not in AVERAGE:
+        if name not in NORMALIZE and name not in AVERAGE and name != ATTENTION:
             continue
         origin = program.origins[node.name]
         parameters = {program.names[n.name] for n in node.all_input_nodes if n.name in program.names}
@@ -183,7 +187,9 @@ def _normalizations(model: nn.Module, graph: Graph) -> tuple[set[str], dict[str,
         for group in graph.groups:
             if group.name not in entering:
                 continue
-            if name in NORMALIZE:
+            if name == ATTENTION:
+                over = group.name in _groups(graph, owners, _along(graph.labels.get(node.all_input_nodes[1].name), -2))
+            elif name in NORMALIZE:
                 over = bool(parameters & set(group.slices)) if parameters else group.normalized
             else:
                 over = group.name not in leaving
@@ -202,7 +208,7 @@ def _along(labels: Any, axis: Any) -> Any:
     """Labels on one axis only."""
     if not isinstance(labels, Labels) or not isinstance(axis, int):
         return None
-    return Labels((labels.plane(axis),), labels.shape)
+    return Labels((labels.plane(axis % len(labels.shape)),), labels.shape)
 
 
 def _can_mirror(module: nn.Module | None, path: str, group: UnitGroup) -> bool:
@@ -273,7 +279,7 @@ def gradients_agree(
 ) -> tuple[float, str]:
     """The largest relative difference between a cut's gradients and the kept slices of the oracle's, and where it is."""
     worst, where = 0.0, ""
-    floor = 1e-6 * max((float(g.abs().max()) for g in whole.values() if g is not None and g.numel()), default=0.0) + 1e-30
+    floor = 1e-4 * max((float(g.abs().max()) for g in whole.values() if g is not None and g.numel()), default=0.0) + 1e-30
     for name in sorted(set(whole) & set(cut)):
         a, b = whole[name], cut[name]
         if a is None or b is None:
