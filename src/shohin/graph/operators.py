@@ -59,13 +59,13 @@ class Extents:
     def __init__(self, groups: Sequence[UnitGroup], label_count: int) -> None:
         self._groups = groups
         self._known: dict[tuple[bytes, tuple[int, ...], int], list[tuple[float, tuple[Extent, ...]]]] = {}
-        owned = [np.concatenate([np.stack([u, np.full(len(u), i)]) for i, u in enumerate(g.units)], 1) for g in groups]
-        members = [np.concatenate([o[0] for o in owned]), np.repeat(np.arange(len(owned)), [o.shape[1] for o in owned])] if owned else None
+        owned = [(np.concatenate(g.units), np.repeat(np.arange(g.size), [len(u) for u in g.units])) for g in groups]
         #: (memberships, labels): group of each label, or -1; a label of a head and of a dim has two
         self._group = np.full((1, label_count), -1, np.int64)
         self._unit = np.full((1, label_count), -1, np.int64)
-        if members is not None:
-            self._fill(members[0], members[1], np.concatenate([o[1] for o in owned]))
+        if owned:
+            labels, units = (np.concatenate([o[i] for o in owned]) for i in (0, 1))
+            self._fill(labels, np.repeat(np.arange(len(owned)), [len(o[0]) for o in owned]), units)
 
     def _fill(self, labels: Array, groups: Array, units: Array) -> None:
         row = 0

@@ -324,7 +324,9 @@ class _Index:
         numbers = np.repeat(np.arange(len(arrays)), [len(a) for a in arrays])
         places = np.concatenate([np.zeros(0, np.int64), *(np.arange(len(a)) for a in arrays)])
         keys, counts = np.unique(labels * max(len(arrays), 1) + numbers, return_counts=True)
-        self._label, self._visits = keys // max(len(arrays), 1), np.stack([keys % max(len(arrays), 1), counts], 1)
+        self._visits = np.stack([keys % max(len(arrays), 1), counts], 1)
+        label, start = np.unique(keys // max(len(arrays), 1), return_index=True)
+        self._start = dict(zip(label.tolist(), zip(start.tolist(), [*start.tolist()[1:], len(keys)], strict=True), strict=True))
         count = sum(len(a) for a in lines)
         found, at = np.unique(labels[:count], return_index=True)
         where = np.stack([numbers[at], places[at]], 1)
@@ -334,7 +336,7 @@ class _Index:
 
     def visits(self, label: int) -> Array:
         """(array, times) of every array that holds a label, by array."""
-        start, stop = np.searchsorted(self._label, [label, label + 1])
+        start, stop = self._start.get(label, (0, 0))
         found: Array = self._visits[start:stop]
         return found
 
