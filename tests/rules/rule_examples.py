@@ -10,6 +10,3 @@ import rule_movement
 
 EXAMPLES = {**rule_elementwise.EXAMPLES, **rule_movement.EXAMPLES, **rule_layers.EXAMPLES, **rule_axes.EXAMPLES}
 FROZEN = {**rule_movement.FROZEN, **rule_axes.FROZEN}
-DECOMPOSED = "torch has no operator of this name: its function is made of others"
-#: rules that no program can call, and why
-EXEMPT = {name: DECOMPOSED for name in ("local_response_norm", "lp_pool1d", "lp_pool2d", "lp_pool3d", "softsign", "tanhshrink")}

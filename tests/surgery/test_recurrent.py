@@ -325,3 +325,23 @@ def test_projections_as_wide_as_cells_are_refused() -> None:
     graph = understand(model, inputs(2, 0))
     with pytest.raises(CannotRewrite, match="projected units"):
         cut(model, graph, Plan(graph.program.fingerprint, {"r.weight_ih_l0": (0, 1, 2, 5, 7)}))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_dropout_between_layers_follows_the_mode_of_a_program(kind: Any) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.out = kind(4, 6, num_layers=2, dropout=0.5, batch_first=True), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.rnn(x)[0])
+
+    torch.manual_seed(0)
+    model, x = Net().double(), torch.randn(2, 5, 4).double()
+    graph = understand(model, (x,))
+    program = view(graph, Plan(graph.program.fingerprint))
+    program.eval()
+    assert torch.equal(program(x), program(x)) and torch.allclose(program(x), model.eval()(x))
+    program.train()
+    assert not torch.equal(program(x), program(x))

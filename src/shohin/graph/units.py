@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -326,7 +327,7 @@ class _Index:
         keys, counts = np.unique(labels * max(len(arrays), 1) + numbers, return_counts=True)
         self._visits = np.stack([keys % max(len(arrays), 1), counts], 1)
         label, start = np.unique(keys // max(len(arrays), 1), return_index=True)
-        self._start = dict(zip(label.tolist(), zip(start.tolist(), [*start.tolist()[1:], len(keys)], strict=True), strict=True))
+        self._span = dict(zip(label.tolist(), pairwise([*start.tolist(), len(keys)]), strict=True))
         count = sum(len(a) for a in lines)
         found, at = np.unique(labels[:count], return_index=True)
         where = np.stack([numbers[at], places[at]], 1)
@@ -336,7 +337,7 @@ class _Index:
 
     def visits(self, label: int) -> Array:
         """(array, times) of every array that holds a label, by array."""
-        start, stop = self._start.get(label, (0, 0))
+        start, stop = self._span.get(label, (0, 0))
         found: Array = self._visits[start:stop]
         return found
 

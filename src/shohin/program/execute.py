@@ -134,21 +134,17 @@ def _compile(graph: fx.Graph, names: Mapping[str, str], taps: tuple[str, ...], *
     return function
 
 
+#: what operators call the flag that tells training from evaluation
+_MODES = frozenset(["train", "training", "use_input_stats"])
+
+
 def _set_training(node: fx.Node) -> None:
+    """Sets the flag of dropout, batch statistics and the dropout between recurrent layers, where the program has it off."""
     schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return
-    position = {
-        "aten::batch_norm": 5,
-        "aten::dropout": 2,
-        "aten::feature_dropout": 2,
-        "aten::alpha_dropout": 2,
-        "aten::instance_norm": 5,
-    }.get(schema.name)
-    if position is not None and node.args[position] is False:
-        args = list(node.args)
-        args[position] = True
-        node.args = tuple(args)
+    positions = [i for i, a in enumerate(schema.arguments) if a.name in _MODES] if schema is not None else []
+    for position in positions:
+        if position < len(node.args) and node.args[position] is False:
+            node.args = tuple(True if i == position else a for i, a in enumerate(node.args))
 
 
 def interpret(

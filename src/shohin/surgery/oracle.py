@@ -48,6 +48,8 @@ AVERAGE = frozenset(
 )
 #: its softmax is over the keys
 ATTENTION = "scaled_dot_product_attention"
+#: pools along their last axes, of which one may be a chosen one (local response normalization)
+POOLS = {"avg_pool1d": 1, "avg_pool2d": 2, "avg_pool3d": 3}
 #: operators that make one element of a computed weight depend on others
 ENTANGLE = (
     AVERAGE | NORMALIZE | {"_weight_norm", "_weight_norm_interface", "norm", "linalg_vector_norm", "sum", "batch_norm", "linalg_norm"}
@@ -176,7 +178,8 @@ def _normalizations(model: nn.Module, graph: Graph) -> tuple[set[str], dict[str,
     silent: dict[str, str] = {}
     for node in program.graph.nodes:
         name = family(node) if node.op == "call_function" else ""
-        if name not in NORMALIZE and name not in AVERAGE and name != ATTENTION:
+        pooled = POOLS.get(name, 0)
+        if name not in NORMALIZE and name not in AVERAGE and name != ATTENTION and not pooled:
             continue
         origin = program.origins[node.name]
         parameters = {program.names[n.name] for n in node.all_input_nodes if n.name in program.names}
@@ -187,7 +190,10 @@ def _normalizations(model: nn.Module, graph: Graph) -> tuple[set[str], dict[str,
         for group in graph.groups:
             if group.name not in entering:
                 continue
-            if name == ATTENTION:
+            if pooled:
+                value = graph.labels.get(node.all_input_nodes[0].name)
+                over = any(group.name in _groups(graph, owners, _along(value, -1 - d)) for d in range(pooled))
+            elif name == ATTENTION:
                 over = group.name in _groups(graph, owners, _along(graph.labels.get(node.all_input_nodes[1].name), -2))
             elif name in NORMALIZE:
                 over = bool(parameters & set(group.slices)) if parameters else group.normalized

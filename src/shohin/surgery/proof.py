@@ -51,7 +51,7 @@ def prove(
     try:
         a, b = (widen(copy.deepcopy(m)).eval() for m in (module, view))
         for batch in (program.batch,) if fixed else (2, 3):
-            inputs = [random_input(x, batch, generator) for x in program.example]
+            inputs = [random_input(x, batch, generator, program.batch) for x in program.example]
             with double_precision():
                 error, place = _compare(program, a, b, inputs, generator, gradients)
                 if any(isinstance(m, nn.MultiheadAttention) for m in a.modules()):  # without gradients torch runs another kernel
@@ -77,13 +77,18 @@ def user_line(error: BaseException) -> str:
     return ""
 
 
-def random_input(x: Any, batch: int, generator: torch.Generator) -> Any:
+def random_input(x: Any, batch: int, generator: torch.Generator, whole: int) -> Any:
     """A random value like an example input, with another batch: normal floats, integers from rows of the example.
+
+    Args:
+        whole: batch of the example: what has another length along axis 0 keeps its length.
 
     Integers may mean something together (the corners of a box, the places of an image in a text), so rows stay whole.
     """
     if not isinstance(x, Tensor) or not x.dim():
         return x
+    if len(x) != whole:
+        batch = len(x)
     shape = (batch, *x.shape[1:])
     if x.is_floating_point():
         return torch.randn(shape, generator=generator, dtype=torch.float64)

@@ -62,14 +62,6 @@ def layer_norm(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
     return meet(context, node, [(x, range(rank)), *((v, range(rank - normalized, rank)) for v in affine)], x.shape)
 
 
-@rule("local_response_norm")
-def local_response_norm(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
-    """A window of neighbouring channels: a removed channel changes its neighbours."""
-    x = context.labels(args[0])
-    context.normalized.extend(p for p in x.planes if p.shape[1] > 1)
-    return x
-
-
 @rule("_weight_norm")
 def weight_norm(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
     """``v * (g / norm of v over all axes but one)``."""

@@ -12,9 +12,10 @@ from shohin.graph.labels.context import Context
 from shohin.graph.labels.core import Labels, axes_of, rigid
 from shohin.graph.labels.rules import rule
 from shohin.program import concrete, family, shape_of
+from shohin.program.nodes import argument
 
 SPATIAL = [
-    *(f"{kind}{n}d" for n in (1, 2, 3) for kind in ("max_pool", "avg_pool", "lp_pool", "adaptive_avg_pool", "adaptive_max_pool")),
+    *(f"{kind}{n}d" for n in (1, 2, 3) for kind in ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool")),
     *(f"max_pool{n}d_with_indices" for n in (1, 2, 3)),
     *(f"{kind}_pad{n}d" for n in (1, 2, 3) for kind in ("reflection", "replication")),
     *(f"upsample_nearest{n}d" for n in (1, 2, 3)),
@@ -48,11 +49,44 @@ def spatial(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
     shape = tuple(concrete(s) for s in (val if isinstance(val, torch.Tensor) else val[0]).shape)
     count = next(int(c) for c in family(node) if c.isdigit())
     touched = set(range(len(shape) - count, len(shape)))
-    x = _across(context, node, args[0], touched)
+    x = context.labels(args[0])
+    slid = {axis: start for axis in sorted(touched) for start in _slides(node, x, axis, count) if start is not None}
+    if slid:  # what stays moves up: the statistics of a window are of the neighbours that stay
+        x = _slid(context, x, slid, shape)
+    x = _across(context, node, x, touched - set(slid))
     if family(node) in SAMPLERS:
         context.freeze(node, "samples at places that are prunable", args[1])
     result = Labels(x.planes, shape)
     return result if isinstance(val, torch.Tensor) else [result, result]
+
+
+def _slides(node: fx.Node, x: Labels, axis: int, count: int) -> list[int]:
+    """Where the middle of the first window lies, if a pool slides by single steps along a prunable axis of its own (local response
+    normalization slides along channels); else nothing.
+    """
+    plane, place = x.plane(axis), axis - (len(x.shape) - count)
+    if not family(node).startswith("avg_pool") or axes_of(plane) != (axis,):
+        return []
+    kernel, stride, padding = (argument(node, i, default) for i, default in ((1, 1), (2, ()), (3, 0)))
+
+    def along(value: Any) -> int:
+        values = value if isinstance(value, (list, tuple)) else [value]
+        return int(values[place if len(values) > 1 else 0])
+
+    steps = along(stride) if stride not in ((), []) else along(kernel)
+    return [along(kernel) // 2] if steps == 1 and along(padding) == 0 and not argument(node, 4, False) else []
+
+
+def _slid(context: Context, x: Labels, starts: dict[int, int], shape: tuple[int, ...]) -> Labels:
+    """The labels of the middles of all windows."""
+    planes = []
+    for plane in x.planes:
+        axis = axes_of(plane)[0]
+        if axis in starts:
+            context.normalized.append(plane)
+            plane = plane.take(np.arange(starts[axis], starts[axis] + shape[axis]), axis)
+        planes.append(plane)
+    return context.tidy(planes, tuple(shape[d] if d in starts else n for d, n in enumerate(x.shape)))
 
 
 @rule("grid_sampler")

@@ -15,6 +15,8 @@ def describe(model: nn.Module) -> None:
             module.num_features = held[0].shape[0] if held else module.num_features
         elif isinstance(module, nn.RNNBase):
             _recurrent(module)
+        elif isinstance(module, nn.RNNCellBase):
+            module.hidden_size, module.input_size = module.weight_hh.shape[1], module.weight_ih.shape[1]
         elif isinstance(module, nn.Transformer):
             _transformer(module)
         elif not shape:
