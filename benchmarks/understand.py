@@ -1,6 +1,6 @@
 """Shohin's understanding beside Torch-Pruning's dependency graph: coverage, wrong results, time, memory.
 
-``python benchmarks/understand.py [--only PATTERN] [--repeat 3] [--again] [--list]``; goes on where it stopped.
+``python benchmarks/understand.py [--only PATTERN] [--repeat 3] [--again] [--ours] [--list]``; goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ RESULTS, TABLE = HERE / "understand.json", HERE / "understand.md"
 SECONDS = 60
 
 
-def _child(name: str, repeat: int, pipe: Connection) -> None:
+def _child(name: str, repeat: int, with_peer: bool, pipe: Connection) -> None:
     from understanding.models import chosen
     from understanding.trial import trial
 
-    pipe.send(trial(chosen()[name], repeat, SECONDS))
+    pipe.send(trial(chosen()[name], repeat, SECONDS, with_peer))
 
 
-def attempt(name: str, repeat: int) -> dict[str, Any] | None:
+def attempt(name: str, repeat: int, with_peer: bool = True) -> dict[str, Any] | None:
     """The record of a model, tried in a fork; None if the process died."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(name, repeat, sender))
+    process = context.Process(target=_child, args=(name, repeat, with_peer, sender))
     process.start()
     sender.close()
     try:
@@ -67,6 +67,7 @@ def main() -> int:
     parser.add_argument("--repeat", type=int, default=3, help="timed passes of each tool")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time; more than one disturbs the timings")
     parser.add_argument("--again", action="store_true", help="also what is done already")
+    parser.add_argument("--ours", action="store_true", help="Shohin again; what is known of the other tool, which has not changed, stays")
     parser.add_argument("--list", action="store_true", help="names only")
     options = parser.parse_args()
     import torch
@@ -88,13 +89,13 @@ def main() -> int:
     if RESULTS.exists():
         records = {r["name"]: r for r in json.loads(RESULTS.read_text())["models"]}
     missing = []
-    todo = [n for n in names if n not in records or options.again]
+    todo = [n for n in names if (n in records) == options.ours or options.again]
     executor = ThreadPoolExecutor(options.jobs)  # its threads only wait for the forks
-    for name, record in zip(todo, executor.map(lambda n: attempt(n, options.repeat), todo), strict=True):
+    for name, record in zip(todo, executor.map(lambda n: attempt(n, options.repeat, not options.ours), todo), strict=True):
         if record is None:
             missing.append(name)
             continue
-        records[name] = record
+        records[name] = {**records[name], **record} if options.ours else record
         ordered = [records[n] for n in chosen() if n in records]
         text = json.dumps({"summary": summary(ordered), "models": ordered}, indent=1)
         RESULTS.write_text(text + "\n")
