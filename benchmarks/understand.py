@@ -100,7 +100,9 @@ def main() -> int:
         text = json.dumps({"summary": summary(ordered), "models": ordered}, indent=1)
         RESULTS.write_text(text + "\n")
         TABLE.write_text(table(ordered))
-        print(f"{name:40} Shohin {record['shohin']['verdict']}, Torch-Pruning {record['torch_pruning']['verdict']}", flush=True)
+        print(
+            f"{name:40} Shohin {records[name]['shohin']['verdict']}, Torch-Pruning {records[name]['torch_pruning']['verdict']}", flush=True
+        )
     done = [records[n] for n in names if n in records]
     print(json.dumps(summary(done), indent=1))
     for name in missing:
