@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.special import rel_entr, softmax
 from torch import Tensor
 
-from shohin.distillation import dist, dkd, feature_mse, kd, logits_mse, normalized_feature_mse
+from shohin.distillation.losses import dist, dkd, feature_mse, kd, logits_mse, normalized_feature_mse
 from shohin.errors import DataError
 
 torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Distillation losses as pure functions. Student first, teacher second; gradients flow into the student only."""
+"""Losses between answers: classes, several labels at once, numbers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shohin.distillation.losses.shapes import same
 from shohin.errors import DataError
 
 
@@ -17,7 +18,7 @@ def kd(student: Tensor, teacher: Tensor, temperature: float = 4.0, dim: int = -1
         temperature: T > 0.
         dim: the class dimension.
     """
-    _same(student, teacher, temperature)
+    same(student, teacher, temperature)
     log_s = F.log_softmax(student / temperature, dim)
     log_t = F.log_softmax(teacher.detach() / temperature, dim)
     return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(dim).mean() * temperature**2
@@ -37,7 +38,7 @@ def dkd(
         temperature: T > 0.
         alpha, beta: weights of the two parts.
     """
-    _same(student, teacher, temperature)
+    same(student, teacher, temperature)
     if student.dim() != 2 or student.shape[1] < 2:
         raise DataError(f"dkd needs logits [N, C] with two classes or more; got {tuple(student.shape)}")
     teacher = teacher.detach()
@@ -64,7 +65,7 @@ def dist(student: Tensor, teacher: Tensor, temperature: float = 1.0, beta: float
         temperature: T > 0.
         beta, gamma: weights of the two parts.
     """
-    _same(student, teacher, temperature)
+    same(student, teacher, temperature)
     if student.dim() != 2:
         raise DataError(f"dist needs logits [N, C]; got {tuple(student.shape)}")
     s, t = (F.softmax(z / temperature, 1) for z in (student, teacher.detach()))
@@ -76,36 +77,43 @@ def dist(student: Tensor, teacher: Tensor, temperature: float = 1.0, beta: float
 
 def logits_mse(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared error of logits of one shape (Ba & Caruana, 2014, 1312.6184)."""
-    _same(student, teacher)
+    same(student, teacher)
     return F.mse_loss(student, teacher.detach())
 
 
-def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error of features of one shape (hints of FitNets, Romero et al., 2015, 1412.6550)."""
-    _same(student, teacher)
-    return F.mse_loss(student, teacher.detach())
+def multi_label(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """``T^2`` times the divergence of independent labels, mean over all of them: each is a choice of two (Yang et al., 2023, 2308.06453,
+    the logit part).
 
-
-def normalized_feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """`feature_mse` divided by the variance of the teacher's feature: 1 is as bad as its mean, whatever the layer's scale.
-
-    A constant teacher feature has no variance; its scale is then its mean square, or 1e-12.
+    Args:
+        student, teacher: logits of one shape; the sigmoid of each is the probability of its label.
+        temperature: T > 0.
     """
-    _same(student, teacher)
-    teacher = teacher.detach()
-    variance = teacher.var(correction=0)
-    floor = teacher.square().mean() * 1e-6 + 1e-12
-    return F.mse_loss(student, teacher) / torch.maximum(variance, floor)
+    same(student, teacher, temperature)
+    s, t = student / temperature, teacher.detach() / temperature
+    p = torch.sigmoid(t)
+    value = p * (F.logsigmoid(t) - F.logsigmoid(s)) + (1 - p) * (F.logsigmoid(-t) - F.logsigmoid(-s))
+    return value.mean() * temperature**2
+
+
+def bounded_regression(student: Tensor, teacher: Tensor, target: Tensor | None = None, margin: float = 0.0) -> Tensor:
+    """Squared error to the teacher, counted only where the student is worse than the teacher by more than ``margin`` (the bounded
+    regression loss of Chen et al., 2017, NeurIPS, section 3.3). Without targets: plain squared error.
+
+    Args:
+        student, teacher, target: numbers of one shape, ``[N, ...]``.
+        margin: in units of squared error, by sample.
+    """
+    same(student, teacher)
+    if target is None:
+        return F.mse_loss(student, teacher.detach())
+    same(student, target)
+    ours = (student - target).square().flatten(1).mean(1) if student.dim() > 1 else (student - target).square()
+    theirs = (teacher.detach() - target).square().flatten(1).mean(1) if student.dim() > 1 else (teacher.detach() - target).square()
+    return torch.where(ours + margin > theirs, ours, 0.0).mean()
 
 
 def _pearson(a: Tensor, b: Tensor) -> Tensor:
     """Correlation of each row of ``[N, C]`` tensors: ``[N]``."""
     a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
     return F.cosine_similarity(a, b, dim=1, eps=1e-8)
-
-
-def _same(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> None:
-    if student.shape != teacher.shape:
-        raise DataError(f"student and teacher give other shapes: {tuple(student.shape)} and {tuple(teacher.shape)}")
-    if not temperature > 0:
-        raise DataError(f"temperature must be > 0; got {temperature}")

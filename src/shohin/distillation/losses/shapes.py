@@ -1,0 +1,36 @@
+"""What losses ask of shapes."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from shohin.errors import DataError
+
+
+def same(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> None:
+    """Raises DataError unless both have one shape that is not empty, and the temperature is above 0."""
+    if student.shape != teacher.shape:
+        raise DataError(
+            f"student and teacher give other shapes: {tuple(student.shape)} and {tuple(teacher.shape)}{_hint(student, teacher)}"
+        )
+    if not student.numel():
+        raise DataError(f"the batch is empty: the outputs have shape {tuple(student.shape)}")
+    if not temperature > 0:
+        raise DataError(f"temperature must be > 0; got {temperature}")
+
+
+def _hint(student: Tensor, teacher: Tensor) -> str:
+    if student.dim() == teacher.dim() and student.shape[:-1] == teacher.shape[:-1]:
+        return (
+            f": the last axis holds {student.shape[-1]} classes (or words, or features) in the student and {teacher.shape[-1]} in the "
+            "teacher; give both the same, or compare features instead (they may differ in width)"
+        )
+    return ""
+
+
+def rows(student: Tensor, teacher: Tensor, least: int = 1) -> None:
+    """Raises DataError unless both have as many samples (axis 0), at least ``least``."""
+    if student.dim() < 1 or teacher.dim() < 1 or len(student) != len(teacher):
+        raise DataError(f"student and teacher hold other numbers of samples: shapes {tuple(student.shape)} and {tuple(teacher.shape)}")
+    if len(student) < least:
+        raise DataError(f"this loss compares samples of a batch with each other: it needs {least} or more, got {len(student)}")
