@@ -284,7 +284,7 @@ def distill(
     """A copy of ``student``, trained to answer as ``teacher`` does; labels are used if there are any.
 
     Args:
-        losses: one of ("kd",), ("dkd",), ("dist",), ("mse",); default ("kd",).
+        losses: the name of one loss between answers (see `shohin.distillation.Mix`); default ("kd",).
         epochs: passes over ``data.train``.
 
     Raises:
@@ -299,7 +299,7 @@ def distill(
     own = copy.deepcopy(student)
     with _seeded(_checked(data), seed):
         alpha = 0.2 if data.has_labels else 0.0
-        result = distill_(own, teacher, data, config=TrainConfig(epochs=epochs, seed=seed), loss=names[0], alpha=alpha)  # type: ignore[arg-type]
+        result = distill_(own, teacher, data, config=TrainConfig(epochs=epochs, seed=seed), loss=names[0], alpha=alpha)
     quality = Measurement(result.best_quality, "measured: validation, in torch") if result.best_quality is not None else None
     return Candidate("distilled", Plan(""), own, metrics=Metrics(quality=quality), notes={"training": result.to_json()})
 

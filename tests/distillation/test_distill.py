@@ -195,10 +195,8 @@ def test_refusals(teacher: nn.Module) -> None:
     with pytest.raises(DataError, match="task_loss"):
         distillation_objective(teacher, alpha=0.5)
     with pytest.raises(DataError, match="unknown distillation loss 'kld'"):
-        distillation_objective(teacher, loss="kld")  # type: ignore[arg-type]
+        distillation_objective(teacher, loss="kld")
     with pytest.raises(ModelError, match="student has no module 'body'"):
         distill(student, teacher, unlabelled, feature_weight=1.0, taps=[FeatureTap("body")])
-    with pytest.raises(ModelError, match=r"does not fit the teacher's .*give kept="):
-        distill(student, teacher, unlabelled, feature_weight=1.0, taps=[FeatureTap("0")])
     with pytest.raises(ModelError, match=r"must lie in \[0, 12\)"):
         distill(student, teacher, unlabelled, feature_weight=1.0, taps=[FeatureTap("0", (0, 1, 2, 3, 4, 12))])

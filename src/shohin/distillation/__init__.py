@@ -1,18 +1,28 @@
-"""Distillation: losses, features aligned by index, and the training of a student."""
+"""Distillation: losses, pairs of any teacher and any student, and the training of a student."""
 
 from shohin.distillation import losses
+from shohin.distillation.ensemble import Ensemble, assistants, born_again
 from shohin.distillation.features import FeatureTap, feature_loss, recorded
+from shohin.distillation.loss import Loss, Mix
+from shohin.distillation.matching import cka, match
 from shohin.distillation.teacher import Teacher
 from shohin.distillation.transfer import RECOVERY, distill, distillation_objective, divergence
 
 __all__ = [
     "RECOVERY",
+    "Ensemble",
     "FeatureTap",
+    "Loss",
+    "Mix",
     "Teacher",
+    "assistants",
+    "born_again",
+    "cka",
     "distill",
     "distillation_objective",
     "divergence",
     "feature_loss",
     "losses",
+    "match",
     "recorded",
 ]

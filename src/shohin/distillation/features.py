@@ -5,7 +5,7 @@ A student that came from a plan needs no adapter layers (unlike FitNets): the pl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +30,8 @@ class FeatureTap:
         dim: the channel dimension of the output.
         teacher: qualified name in the teacher.
         weight: in the mean over taps.
+        loss: ``(student's feature, teacher's feature) -> scalar``.
+        aligned: False for losses that compare features of any widths (`losses.rkd`, `losses.attention_transfer`, `losses.minilm`, ...).
     """
 
     module: str
@@ -37,6 +39,8 @@ class FeatureTap:
     dim: int = 1
     teacher: str | None = None
     weight: float = 1.0
+    loss: Callable[[Tensor, Tensor], Tensor] = normalized_feature_mse
+    aligned: bool = True
 
     @property
     def teacher_module(self) -> str:
@@ -76,12 +80,15 @@ def recorded(model: nn.Module, names: Sequence[str]) -> Iterator[Features]:
             handle.remove()
 
 
-def feature_loss(student: Features, teacher: Features, taps: Sequence[FeatureTap]) -> Tensor:
-    """Weighted mean over taps of the squared error, each divided by the variance of the teacher's feature.
+def feature_loss(
+    student: Features, teacher: Features, taps: Sequence[FeatureTap], adapters: Mapping[str, nn.Module] | None = None
+) -> Tensor:
+    """Weighted mean over taps of ``tap.loss``; by default the squared error divided by the variance of the teacher's feature.
 
     Args:
         student, teacher: as `recorded` gives them; a module that ran several times is compared call by call.
         taps: at least one.
+        adapters: tapped module of the student -> ``adapter(student's feature, teacher's feature)``.
 
     Raises:
         ModelError: if a module did not run, ran another number of times, or shapes do not fit.
@@ -95,7 +102,9 @@ def feature_loss(student: Features, teacher: Features, taps: Sequence[FeatureTap
                 "choose a module that both run as often"
             )
         for s, t in zip(ours, theirs, strict=True):
-            value = normalized_feature_mse(s, _aligned(s, t, tap)) * (tap.weight / len(ours))
+            if adapters and tap.module in adapters:
+                s = adapters[tap.module](s, t)
+            value = tap.loss(s, _aligned(s, t, tap) if tap.aligned else t) * (tap.weight / len(ours))
             total = value if total is None else total + value
     if total is None:
         raise ModelError("feature distillation needs at least one tap: FeatureTap(module, kept)")

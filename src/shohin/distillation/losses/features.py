@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shohin.distillation.losses.shapes import rows, same
+from shohin.distillation.losses.shapes import pooled, rows, same
 from shohin.errors import DataError
 
 
@@ -53,9 +51,8 @@ def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
         raise DataError(f"attention transfer needs [N, C, *space] of one rank; got {tuple(student.shape)} and {tuple(teacher.shape)}")
     s, t = (x.square().mean(1) for x in (student, teacher.detach()))
     if s.shape != t.shape:
-        pool: Callable[[Tensor, Any], Tensor] = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[s.dim() - 2]
-        size = tuple(min(a, b) for a, b in zip(s.shape[1:], t.shape[1:], strict=True))
-        s, t = (pool(x.unsqueeze(1), size).squeeze(1) for x in (s, t))
+        size = [min(a, b) for a, b in zip(s.shape[1:], t.shape[1:], strict=True)]
+        s, t = (pooled(x.unsqueeze(1), size).squeeze(1) for x in (s, t))
     return (F.normalize(s.flatten(1), dim=1) - F.normalize(t.flatten(1), dim=1)).square().mean()
 
 

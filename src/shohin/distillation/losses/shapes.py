@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 from torch import Tensor
+from torch.nn import functional as F
 
 from shohin.errors import DataError
 
@@ -34,3 +38,9 @@ def rows(student: Tensor, teacher: Tensor, least: int = 1) -> None:
         raise DataError(f"student and teacher hold other numbers of samples: shapes {tuple(student.shape)} and {tuple(teacher.shape)}")
     if len(student) < least:
         raise DataError(f"this loss compares samples of a batch with each other: it needs {least} or more, got {len(student)}")
+
+
+def pooled(x: Tensor, size: Sequence[int]) -> Tensor:
+    """``[N, C, *space]`` averaged (or, where it is smaller, repeated) to another space of the same rank."""
+    pool: Callable[[Tensor, Any], Tensor] = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[len(size) - 1]
+    return pool(x, tuple(size))
