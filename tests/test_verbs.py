@@ -344,9 +344,17 @@ def test_distill_teaches_a_copy(task: Task) -> None:
     assert found.metrics.values()["quality"] == pytest.approx(task.data.quality(found.model))
 
 
+def test_distill_follows_features_and_several_teachers(task: Task) -> None:
+    found = shohin.distill(Small(8), task.model, task.data, losses=("kd", "features"), epochs=2)
+    terms = found.notes["training"]["history"][-1]["terms"]
+    assert {"kd", "features"} <= set(terms) and isinstance(found.model, Small)
+    found = shohin.distill(Small(8), [task.model, Small(8)], task.data, losses=("dist",), epochs=1)
+    assert "dist" in found.notes["training"]["history"][-1]["terms"]
+
+
 @pytest.mark.parametrize("losses", [("magic",), ("kd", "dkd")])
 def test_distill_refuses_losses_that_it_does_not_know(task: Task, losses: tuple[str, ...]) -> None:
-    with pytest.raises(DataError, match=r"unknown distillation loss|one logit loss at a time"):
+    with pytest.raises(DataError, match=r"unknown distillation loss|one loss between answers at a time"):
         shohin.distill(Small(8), task.model, task.data, losses=losses)
 
 

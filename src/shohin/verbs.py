@@ -279,27 +279,48 @@ def quantize(
 
 
 def distill(
-    student: nn.Module, teacher: nn.Module, data: Data, losses: Sequence[str] | None = None, epochs: int = 5, *, seed: int = 0
+    student: nn.Module,
+    teacher: nn.Module | Sequence[nn.Module],
+    data: Data,
+    losses: Sequence[str] | None = None,
+    epochs: int = 5,
+    *,
+    seed: int = 0,
 ) -> Candidate:
     """A copy of ``student``, trained to answer as ``teacher`` does; labels are used if there are any.
 
     Args:
-        losses: the name of one loss between answers (see `shohin.distillation.Mix`); default ("kd",).
+        teacher: a model, or several whose probabilities are averaged.
+        losses: the name of one loss between answers (see `shohin.distillation.Mix`), and "features" to follow the teacher's features
+            too, matched by what one tells of the other (`shohin.distillation.match`); default ("kd",).
         epochs: passes over ``data.train``.
 
     Raises:
         DataError: for an unknown loss or batches that cannot be used.
+        ModelError: if no feature of the student matches one of the teacher.
     """
+    from shohin.distillation import Ensemble, FeatureTap, match
     from shohin.distillation import distill as distill_
     from shohin.training import TrainConfig
 
     names = tuple(losses or ("kd",))
-    if len(names) != 1:
-        raise DataError(f"one logit loss at a time; got {names}")
+    answers = [n for n in names if n != "features"] or ["kd"]
+    if len(answers) != 1:
+        raise DataError(f"one loss between answers at a time; got {answers}")
     own = copy.deepcopy(student)
+    whose = teacher if isinstance(teacher, nn.Module) else Ensemble(teacher)
     with _seeded(_checked(data), seed):
-        alpha = 0.2 if data.has_labels else 0.0
-        result = distill_(own, teacher, data, config=TrainConfig(epochs=epochs, seed=seed), loss=names[0], alpha=alpha)
+        taps: tuple[FeatureTap, ...] = match(own, whose, list(data.calls("train", limit=128))) if "features" in names else ()
+        result = distill_(
+            own,
+            whose,
+            data,
+            config=TrainConfig(epochs=epochs, seed=seed),
+            loss=answers[0],
+            alpha=0.2 if data.has_labels else 0.0,
+            feature_weight=0.2 if taps else 0.0,
+            taps=taps,
+        )
     quality = Measurement(result.best_quality, "measured: validation, in torch") if result.best_quality is not None else None
     return Candidate("distilled", Plan(""), own, metrics=Metrics(quality=quality), notes={"training": result.to_json()})
 
