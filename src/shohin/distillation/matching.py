@@ -16,6 +16,9 @@ from shohin.errors import DataError, ModelError
 #: samples from which a match is believed
 LEAST = 16
 
+#: score of a pair that no adapter can bridge
+NEVER = -1e6
+
 
 def match(
     student: nn.Module,
@@ -129,7 +132,9 @@ def _by_score(ours: dict[str, _Seen], theirs: dict[str, _Seen], count: int, by: 
     if not mine or not others:
         return []
     measure = _predictability if by == "predict" else cka
-    scores = torch.tensor([[float(measure(ours[s].pooled, theirs[t].pooled)) for t in others] for s in mine])
+    scores = torch.tensor(
+        [[float(measure(ours[s].pooled, theirs[t].pooled)) if _fits(ours[s], theirs[t]) else NEVER for t in others] for s in mine]
+    )
     best, choice = scores[0].clone(), []
     for row in scores[1:]:
         reach, at = torch.cummax(best, 0)
@@ -140,7 +145,13 @@ def _by_score(ours: dict[str, _Seen], theirs: dict[str, _Seen], count: int, by: 
     for at in reversed(choice):
         place = int(at[place])
         path.append(place)
-    return [(s, others[t]) for s, t in zip(mine, reversed(path), strict=True)]
+    pairs = zip(mine, reversed(path), range(len(mine)), strict=True)
+    return [(s, others[t]) for s, t, row in pairs if float(scores[row, t]) > NEVER]
+
+
+def _fits(ours: _Seen, theirs: _Seen) -> bool:
+    """True if a linear layer (and, over space, averaging) leads from one to the other."""
+    return len(ours.shape) == len(theirs.shape) and ours.dim == theirs.dim and (ours.dim == 1 or ours.shape[:-1] == theirs.shape[:-1])
 
 
 def cka(a: Tensor, b: Tensor) -> float:
@@ -152,7 +163,7 @@ def cka(a: Tensor, b: Tensor) -> float:
 
 
 def _predictability(source: Tensor, wanted: Tensor) -> float:
-    """R^2 of a ridge regression on samples that it was not fitted to, in (-inf, 1]: every other sample is held out."""
+    """R^2 of a ridge regression on samples that it was not fitted to, in [-1, 1]: every other sample is held out."""
     x, y, x_new, y_new = source[::2], wanted[::2], source[1::2], wanted[1::2]
     centre, scale = x.mean(0), x.std(0).clamp(min=1e-6)
     x, x_new = (x - centre) / scale, (x_new - centre) / scale
@@ -160,7 +171,7 @@ def _predictability(source: Tensor, wanted: Tensor) -> float:
     gram = x @ x.T + 0.1 * len(x) * torch.eye(len(x), dtype=x.dtype)
     guess = x_new @ (x.T @ torch.linalg.solve(gram, y - mean)) + mean
     spread = (y_new - y_new.mean(0)).square().sum()
-    return 1 - float((y_new - guess).square().sum() / spread) if float(spread) > 0 else 0.0
+    return max(1 - float((y_new - guess).square().sum() / spread), -1.0) if float(spread) > 0 else 0.0
 
 
 def _spread(items: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:
