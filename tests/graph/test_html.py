@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from shohin.graph import Frozen, Graph, understand_program
 from shohin.graph.html import to_html
 from shohin.program import capture, family
+from shohin.surgery import understand
 from surgery_checks import understood
 
 VOID = {"meta", "link", "input", "br", "img", "path", "ellipse"}
@@ -166,3 +168,10 @@ def test_an_axis_of_two_groups_names_both() -> None:
     heads, dims = (g for g in graph.groups if "qkv" in g.name)
     both = [a for tag, a in page.elements if tag == "i" and "two" in a.get("class", "")]
     assert both and any(heads.name in a["title"] and f"{dims.name} ({dims.size} units)" in a["title"] for a in both)
+
+
+def test_a_graph_writes_its_page(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    graph = understand(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), (torch.randn(2, 3),))
+    text = graph.to_html(tmp_path / "model.html", title="small")
+    assert (tmp_path / "model.html").read_text() == text == graph.to_html(title="small") and "<title>small" in text

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -89,11 +90,20 @@ class Graph:
         """Memory of the activations through a plan: see `shohin.graph.memory.memory` for ``how``."""
         return memory(self, plan, **how)
 
-    def to_html(self, title: str = "model") -> str:
-        """The model as one self-contained HTML page: operations by module, axes in the colours of their groups."""
-        from shohin.graph.html import to_html
+    def to_html(self, path: str | Path | None = None, *, title: str = "model") -> str:
+        """The model as one self-contained HTML page: operations by module, axes in the colours of their groups.
 
-        return to_html(self, title)
+        Args:
+            path: written there, too, if given.
+            title: shown above.
+        """
+        from shohin.graph.html import to_html
+        from shohin.run import write_atomic
+
+        text = to_html(self, title)
+        if path is not None:
+            write_atomic(Path(path), text.encode())
+        return text
 
     @property
     def sites(self) -> tuple[str, ...]:
