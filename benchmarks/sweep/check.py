@@ -9,6 +9,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -223,7 +224,9 @@ def _reload(entry: Entry, other: nn.Module, result: Cut, plan: Plan) -> None:
         again = cut(other, graph, Plan.from_json(json.loads((Path(folder) / "plan.json").read_text())), form=result.form)
         if again.form != result.form:
             raise Wrong(f"the same plan gave form {result.form}, then {again.form}: {again.reason}")
-        again.model.load_state_dict(load_file(str(Path(folder) / "cut.safetensors")))
+        loaded = OrderedDict(load_file(str(Path(folder) / "cut.safetensors")))
+        loaded._metadata = getattr(result.model.state_dict(), "_metadata", {})  # type: ignore[attr-defined]  # some classes ask for it
+        again.model.load_state_dict(loaded)
     with torch.no_grad():
         error, where = difference(
             outputs_of(again.model(*arguments[0], **arguments[1])), outputs_of(result.model(*arguments[0], **arguments[1])), "output"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -71,7 +73,7 @@ def _build(name: str, weights: None) -> nn.Module:
     if name in tv.list_models(tv.segmentation):
         options = {"weights_backbone": None}
     if name in SHALLOW:
-        with torch.device("meta"):
+        with torch.device("meta"), _block_sizes_on_the_cpu(tv):
             model = tv.get_model(name, weights=weights, **options)
         return filled(shallow(model))
     if name.startswith(NARROW):
@@ -83,6 +85,22 @@ def _build(name: str, weights: None) -> nn.Module:
         return filled(model)
     model: nn.Module = tv.get_model(name, weights=weights, **options)
     return model
+
+
+@contextmanager
+def _block_sizes_on_the_cpu(tv: Any) -> Iterator[None]:
+    """RegNets compute the sizes of their blocks with tensors."""
+    original = tv.regnet.BlockParams.from_init_params
+
+    def computed(*args: Any, **kwargs: Any) -> Any:
+        with torch.device("cpu"):
+            return original(*args, **kwargs)
+
+    tv.regnet.BlockParams.from_init_params = computed
+    try:
+        yield
+    finally:
+        tv.regnet.BlockParams.from_init_params = original
 
 
 def shallow(model: nn.Module, blocks: int = 2) -> nn.Module:
