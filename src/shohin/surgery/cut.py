@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -95,7 +95,8 @@ def _with_scales(
     if other is None:
         return None
     seen = view_of(graph, other)
-    if not prove(graph.program, seen, view, gradients=False).holds:
+    more = replace(other, scaled={name: rows for name, rows in other.scaled.items() if name not in rewritten.scaled})
+    if not prove(graph.program, seen, view, gradients=False, relate=more.scale).holds:
         return None
     for repaired in repairs(model, graph, plan, other):
         if not isinstance(repaired, str):

@@ -1,9 +1,12 @@
-"""Proof: in float64, a cut module equals the view on random inputs of batch 2 and 3, outputs and gradients."""
+"""Proof: in float64, a cut module equals the view, outputs and gradients: on the example with its own weights, and on random inputs
+of another batch with random weights.
+"""
 
 from __future__ import annotations
 
 import copy
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +21,8 @@ from shohin.surgery.precision import double_precision, widen
 TOLERANCE = 1e-10
 #: a gradient is compared at no finer scale than this share of the largest one: some are zero but for rounding (a key's bias)
 FLOOR = 1e-4
+#: numbers of one sample up to which the random batch is of this many samples, so that what is seldom alive is seen
+FEW, MANY = 2048, 24
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,14 @@ class Proof:
 
 
 def prove(
-    program: Program, module: nn.Module, view: nn.Module, *, tolerance: float = TOLERANCE, seed: int = 0, gradients: bool = True
+    program: Program,
+    module: nn.Module,
+    view: nn.Module,
+    *,
+    tolerance: float = TOLERANCE,
+    seed: int = 0,
+    gradients: bool = True,
+    relate: Callable[[str, Tensor], Tensor] | None = None,
 ) -> Proof:
     """Compares ``module`` with ``view`` in float64.
 
@@ -44,25 +56,72 @@ def prove(
         program: gives the shapes and types of inputs.
         module, view: with equal signatures and parameter names; copies are compared, the originals stay as they are.
         gradients: False compares outputs only.
+        relate: (name, the view's value) -> the module's value of a parameter, where they are not equal.
     """
     generator = torch.Generator().manual_seed(seed)
     fixed = any("batch" in remark for remark in program.remarks)
     worst, where = 0.0, ""
     try:
         a, b = (widen(copy.deepcopy(m)).eval() for m in (module, view))
-        for batch in (program.batch,) if fixed else (2, 3):
-            inputs = [random_input(x, batch, generator, program.batch) for x in program.example]
+        for lively in (False, True):  # units that the model's own weights leave dead must be alive once
+            if lively:
+                _enliven(a, b, generator, relate)
+            inputs, batch = _inputs(program, b, lively, fixed, generator)
             with double_precision():
                 error, place = _compare(program, a, b, inputs, generator, gradients)
                 if any(isinstance(m, nn.MultiheadAttention) for m in a.modules()):  # without gradients torch runs another kernel
                     with torch.no_grad():
                         error, place = max((error, place), _compare(program, a, b, inputs, generator, False), key=_size)
             if not error <= worst:
-                worst, where = error, f"{place} at batch {batch}"
+                worst, where = error, f"{place} at batch {batch}{' with random weights' if lively else ''}"
     except Exception as error:  # whatever the user's forward raises is a reason, not a crash
         text = str(error).splitlines()[0] if str(error) else ""
         return Proof(False, float("inf"), f"the module fails: {type(error).__name__}: {text}{user_line(error)}")
     return Proof(worst <= tolerance, worst, where)
+
+
+def _inputs(program: Program, view: nn.Module, lively: bool, fixed: bool, generator: torch.Generator) -> tuple[list[Any], int]:
+    """The example's own numbers first, then random ones of another batch; the example again where the program cannot take these (indices
+    that point into another input).
+    """
+    example = [x.detach().cpu().double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in program.example]
+    if not lively:
+        return example, program.batch
+    numbers = sum(x.numel() for x in program.example if isinstance(x, Tensor)) // max(program.batch, 1)
+    batch = program.batch if fixed else MANY if numbers <= FEW else 3
+    inputs = [random_input(x, batch, generator, program.batch) for x in program.example]
+    try:
+        with torch.no_grad(), double_precision():
+            args, kwargs = pytree.tree_unflatten(inputs, program.in_spec)
+            view(*args, **kwargs)
+    except Exception:  # of whatever kind: such inputs prove nothing
+        return example, program.batch
+    return inputs, batch
+
+
+def _enliven(a: nn.Module, b: nn.Module, generator: torch.Generator, relate: Callable[[str, Tensor], Tensor] | None) -> None:
+    """Gives parameters and normalization statistics of the same names the same random values, large enough that no part hides another."""
+    mine, theirs = (dict(m.named_parameters(remove_duplicate=False)) for m in (a, b))
+    done: set[int] = set()
+    with torch.no_grad():
+        for name in sorted(mine.keys() & theirs.keys()):
+            x, y = mine[name], theirs[name]
+            if id(x) in done or x.shape != y.shape or not x.is_floating_point() or not x.numel():
+                continue
+            done.add(id(x))
+            spread = 0.7 * x[0].numel() ** -0.5 if x.dim() > 1 else 0.3
+            noise = spread * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+            value = noise + (x.mean() if x.dim() <= 1 else 0.0)
+            x.copy_(value if relate is None else relate(name, value))
+            y.copy_(value)
+        own, other = dict(a.named_buffers()), dict(b.named_buffers())
+        for name in sorted(own.keys() & other.keys()):
+            if own[name].shape != other[name].shape or name.rpartition(".")[2] not in ("running_mean", "running_var"):
+                continue
+            random = torch.rand(own[name].shape, generator=generator, dtype=torch.float64).to(own[name])
+            value = 0.5 + random if name.endswith("running_var") else 0.5 * (random - 0.5)
+            own[name].copy_(value)
+            other[name].copy_(value)
 
 
 def _size(found: tuple[float, str]) -> float:
