@@ -14,7 +14,7 @@ from itertools import count, islice
 from types import MappingProxyType
 from typing import Any
 
-from shohin.errors import PlanError
+from shohin.errors import PlanError, closest
 
 VERSION = 1
 
@@ -38,10 +38,17 @@ class Plan:
     def __post_init__(self) -> None:
         widths = {}
         for name, kept in sorted(self.widths.items()):
-            units = tuple(int(i) for i in kept)
+            listed = list(kept) if isinstance(kept, Iterable) and not isinstance(kept, (str, bytes)) else [None]
+            if not all(map(_is_index, listed)):
+                raise PlanError(
+                    f"group {name!r}: kept units are indices, such as (0, 2, 5), not {kept!r} (of a mask, give the places of True)"
+                )
+            units = tuple(int(i) for i in listed)
             if not units or list(units) != sorted(set(units)) or units[0] < 0:
                 raise PlanError(f"group {name!r}: kept units must be ascending, distinct, not negative and at least one; got {units[:8]}")
             widths[name] = units
+        if isinstance(self.skips, str):
+            raise PlanError(f"skips is a sequence of region names; for one region write ({self.skips!r},)")
         object.__setattr__(self, "widths", MappingProxyType(widths))
         object.__setattr__(self, "skips", tuple(sorted(set(self.skips))))
         object.__setattr__(self, "formats", MappingProxyType(dict(sorted(self.formats.items()))))
@@ -115,11 +122,13 @@ class Plan:
             )
         for name, kept in self.widths.items():
             if name not in groups:
-                raise PlanError(f"the plan names a unit group {name!r} that the model does not have; groups: {', '.join(list(groups)[:8])}")
+                near = closest(name, groups) or f"; groups: {', '.join(list(groups)[:8])}"
+                raise PlanError(f"the plan names a unit group {name!r} that the model does not have{near}")
             if kept[-1] >= groups[name]:
                 raise PlanError(f"the plan keeps unit {kept[-1]} of group {name!r}, which has {groups[name]} units")
-        for name in set(self.skips) - set(regions):
-            raise PlanError(f"the plan skips a region {name!r} that the model does not have")
+        known = list(regions)
+        for name in sorted(set(self.skips) - set(known)):
+            raise PlanError(f"the plan skips a region {name!r} that the model does not have{closest(name, known)}")
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dictionary."""
@@ -134,6 +143,8 @@ class Plan:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Plan:
         """The inverse of `to_json`. Raises PlanError on an unknown version or missing fields."""
+        if not isinstance(data, Mapping):
+            raise PlanError(f"a plan's JSON is an object, not {type(data).__name__}")
         if data.get("version") != VERSION:
             raise PlanError(f"plan version {data.get('version')!r} is not supported (this Shohin reads version {VERSION})")
         try:
@@ -143,5 +154,10 @@ class Plan:
                 tuple(data["skips"]),
                 dict(data["formats"]),
             )
-        except (KeyError, AttributeError, TypeError) as error:
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise PlanError(f"the plan's JSON is damaged: {error!r}") from None
+
+
+def _is_index(value: Any) -> bool:
+    """True for a whole number that is no truth value (NumPy's and torch's included)."""
+    return not isinstance(value, bool) and hasattr(value, "__index__") and "bool" not in str(getattr(value, "dtype", ""))

@@ -102,13 +102,22 @@ def cut(model: nn.Module, plan: Plan, example: Any = None) -> nn.Module:
         example: arguments of one call; not needed after `understand`.
 
     Raises:
-        PlanError: if the plan is for another model. ModelError: if there is no example.
+        PlanError: if the plan is for another model. ModelError: if there is no example, if the model has changed since it was
+            understood, or if what comes out cannot be proved to be what the plan means.
     """
     from shohin.surgery import cut as cut_
     from shohin.surgery import cut_parts
 
+    if not isinstance(plan, Plan):
+        raise PlanError(f"plan must be a shohin.Plan, not {type(plan).__name__}: Plan(graph.program.fingerprint, {{group: kept units}})")
     graph = _graph(model, example)
-    return cut_parts(model, graph, graph.split(plan)).model if isinstance(graph, Parts) else cut_(model, graph, plan).model
+    made = cut_parts(model, graph, graph.split(plan)) if isinstance(graph, Parts) else cut_(model, graph, plan)
+    if not made.proof.holds:
+        raise ModelError(
+            f"the cut could not be proved ({made.proof.where}, relative error {made.proof.error:.1e}): keep more units of groups that a "
+            "normalization or a standard deviation sees, and give an example with usual values"
+        )
+    return made.model
 
 
 def view(model: nn.Module, plan: Plan, example: Any = None) -> nn.Module:

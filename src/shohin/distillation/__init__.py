@@ -3,6 +3,7 @@
 from shohin.distillation import losses
 from shohin.distillation.ensemble import Ensemble, assistants, born_again
 from shohin.distillation.features import FeatureTap, feature_loss, recorded
+from shohin.distillation.generate import generate, statistics_distance
 from shohin.distillation.loss import Loss, Mix
 from shohin.distillation.matching import cka, match
 from shohin.distillation.teacher import Teacher
@@ -22,7 +23,9 @@ __all__ = [
     "distillation_objective",
     "divergence",
     "feature_loss",
+    "generate",
     "losses",
     "match",
     "recorded",
+    "statistics_distance",
 ]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from shohin.errors import closest
 from shohin.graph.costs import Edge, Operator
 from shohin.graph.labels.context import Frozen, Parameter
 from shohin.graph.labels.core import Array, Labels, compress
@@ -60,11 +61,11 @@ class Graph:
 
     def group(self, name: str) -> UnitGroup:
         """The group of that name. Raises KeyError."""
-        return next(g for g in self.groups if g.name == name)
+        return self.groups[_place([g.name for g in self.groups], name, "unit group")]
 
     def region(self, name: str) -> Region:
         """The region of that name. Raises KeyError."""
-        return next(r for r in self.regions if r.name == name)
+        return self.regions[_place([r.name for r in self.regions], name, "region")]
 
     def kept(self, plan: Plan) -> dict[str, int]:
         """Group name -> number of units that the plan keeps."""
@@ -112,6 +113,12 @@ class Graph:
 
     def __repr__(self) -> str:
         return f"Graph({len(self.groups)} groups, {len(self.regions)} regions, {len(self.costs)} operations, {len(self.frozen)} frozen)"
+
+
+def _place(names: list[str], name: str, what: str) -> int:
+    if name not in names:
+        raise KeyError(f"the model has no {what} {name!r}{closest(name, names)}")
+    return names.index(name)
 
 
 def understand_program(program: Program) -> Graph:

@@ -26,6 +26,8 @@ def call_of(example: Any) -> Call:
         return Call((example,), {}, None, None)
     if isinstance(example, Mapping):
         return Call((), dict(example), None, None)
+    if not isinstance(example, (tuple, list)):
+        raise ModelError(f"an example is a tensor, a tuple of arguments or a dict of keyword arguments, not {type(example).__name__}")
     return Call(tuple(example), {}, None, None)
 
 

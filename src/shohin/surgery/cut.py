@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from shohin.errors import ModelError
 from shohin.graph import Graph
 from shohin.plan import Plan
-from shohin.program import Program, ProgramModule
+from shohin.program import Program, ProgramModule, first_lines
 from shohin.surgery.classes.differences import Difference, adapted, differences, text
 from shohin.surgery.classes.grafts import grafts
 from shohin.surgery.classes.repair import Skip, repairs
-from shohin.surgery.proof import Proof, prove
+from shohin.surgery.proof import Proof, prove, user_line
 from shohin.surgery.rewrite import rewrite
 from shohin.surgery.rewritten import Rewritten
 from shohin.surgery.view import view_of
@@ -54,7 +58,9 @@ def cut(model: nn.Module, graph: Graph, plan: Plan, *, form: str = "module") -> 
     Raises:
         PlanError: if the plan is for another model.
         CannotRewrite: if an operation cannot follow the plan.
+        ModelError: if the model has other tensors than when it was understood.
     """
+    _check_same(model, graph.program)
     rewritten = rewrite(graph, plan)
     view = view_of(graph, rewritten)
     removed = {
@@ -68,6 +74,10 @@ def cut(model: nn.Module, graph: Graph, plan: Plan, *, form: str = "module") -> 
                 reason = reason or repaired
                 continue
             proof = prove(graph.program, repaired, view)
+            failure = _fails_in_training(model, repaired, graph.program) if proof.holds else ""
+            if failure:
+                reason = reason or failure
+                continue
             if proof.holds:
                 return Cut(repaired, "module", "", proof, removed, rewritten)
             found = differences(graph.program, repaired, rewritten) if proof.error < float("inf") else []
@@ -78,11 +88,48 @@ def cut(model: nn.Module, graph: Graph, plan: Plan, *, form: str = "module") -> 
         for grafted in grafts(model, graph, plan, rewritten):
             if not isinstance(grafted, str):
                 proof = prove(graph.program, grafted.model, view)
-                if proof.holds:
+                if proof.holds and not _fails_in_training(model, grafted.model, graph.program):
                     return Cut(grafted.model, "module", reason, proof, removed, rewritten, grafted.paths)
     again = view_of(graph, rewritten)
     again.train(model.training)
     return Cut(again, "program", reason, prove(graph.program, again, view), removed, rewritten)
+
+
+def _check_same(model: nn.Module, program: Program) -> None:
+    """A program holds the tensors that the model had: weights that were put in their place since would be left out."""
+    types = {program.names[n.name]: n.meta["val"].dtype for n in program.graph.nodes if n.name in program.names}
+    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    for name, tensor in program.tensors.items():
+        now = own.get(name, tensor)
+        if now is not tensor or now.dtype is not types.get(name, now.dtype):
+            what = f"{name} is {now.dtype} now" if now is tensor else f"{name} is another tensor now"
+            raise ModelError(f"the model has changed since it was understood: {what}; understand it again, and make the plan for that")
+
+
+def _fails_in_training(model: nn.Module, repaired: nn.Module, program: Program) -> str:
+    """How the repaired class fails in training mode where the user's own runs; "" if it does not.
+
+    Asked only where the captured call does not read some parameter: an auxiliary head, say, that only training runs, may be fed by what
+    has become narrower.
+    """
+    unread = [program.names[n.name] for n in program.graph.nodes if n.name in program.names and not n.users]
+    if not set(unread) & program.trainable:
+        return ""
+    args, kwargs = pytree.tree_unflatten(list(program.example), program.in_spec)
+    failures = []
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for one in (model, repaired):
+            try:
+                deepcopy(one).train()(*args, **kwargs)
+                failures.append("")
+            except Exception as error:  # whatever the user's forward raises
+                failures.append(f"{type(error).__name__}: {first_lines(error, 1)}{user_line(error)}")
+    mine, theirs = failures
+    return (
+        f"in training mode the class fails, with parameters that the captured call does not read ({unread[0]}): {theirs}"
+        if not mine and theirs
+        else ""
+    )
 
 
 def _with_scales(

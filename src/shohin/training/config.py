@@ -38,6 +38,13 @@ class TrainConfig:
         clip: largest global gradient norm, or None.
         seed: with the epoch, decides order, augmentation and dropout.
         augment: ``(call, generator) -> call``, applied to training batches.
+        accumulate: batches for one optimizer step, their losses weighted by their samples; at the end of an epoch what is left
+            makes a step too. Learning rate, EMA and step counts go by optimizer steps.
+        precision: "float32", or the objective under `torch.autocast`: "bfloat16", or "float16" with loss scaling (CUDA only).
+            Weights and evaluation stay in float32.
+        replay: epoch e repeats the random numbers of epoch ``e % replay``: order and augmentation come again, so that a teacher's
+            remembered answers serve a long schedule of consistent teaching (Beyer et al., 2022, arXiv 2106.05237). None: every
+            epoch is new.
 
     Raises:
         DataError: if a value is outside its range.
@@ -56,6 +63,9 @@ class TrainConfig:
     clip: float | None = 5.0
     seed: int = 0
     augment: Augment | None = None
+    accumulate: int = 1
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    replay: int | None = None
 
     def __post_init__(self) -> None:
         checks = {
@@ -70,6 +80,9 @@ class TrainConfig:
             "ema must be in (0, 1) or None": self.ema is None or 0 < self.ema < 1,
             "patience must be >= 1 or None": self.patience is None or self.patience >= 1,
             "clip must be > 0 or None": self.clip is None or self.clip > 0,
+            "accumulate must be a whole number >= 1": self.accumulate >= 1 and self.accumulate == int(self.accumulate),
+            "precision must be 'float32', 'bfloat16' or 'float16'": self.precision in ("float32", "bfloat16", "float16"),
+            "replay must be a whole number >= 1 or None": self.replay is None or (self.replay >= 1 and self.replay == int(self.replay)),
         }
         for rule, holds in checks.items():
             if not holds:
@@ -92,8 +105,8 @@ class EpochRecord:
         loss: mean over the steps (None for -1).
         terms: mean of each term of the objective.
         quality: validation value after the epoch, or None if there is no ``evaluate``.
-        lr: learning rate of the last step.
-        steps: number of batches.
+        lr: learning rate of the last step (of the first parameter group).
+        steps: number of optimizer steps.
         seconds: wall clock, with evaluation.
         partial: True if the deadline fell inside the epoch.
     """

@@ -1,14 +1,19 @@
-"""Optimizers, and their state by parameter name so that it can be stored without pickling."""
+"""Optimizers, the user's or ours, and their state by parameter name so that it can be stored without pickling."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from shohin.errors import ModelError, RunError
+from shohin.errors import DataError, ModelError, RunError
 from shohin.training.config import TrainConfig
+
+Named = list[tuple[str, nn.Parameter]]
+MakeOptimizer = Callable[[Named], torch.optim.Optimizer]
+"""``make([(name, parameter), ...]) -> optimizer``; torch's optimizers take such a list as it is."""
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -38,23 +43,98 @@ def make_optimizer(parameters: dict[str, nn.Parameter], config: TrainConfig) -> 
     return torch.optim.AdamW(groups, lr=config.lr)
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """``{"<key>/<parameter name>": tensor}``. Entries that are None are left out: the optimizers make them anew."""
-    out = {}
+def own_optimizer(make: MakeOptimizer, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+    """The user's optimizer.
+
+    Raises:
+        DataError: if ``make`` does not return a torch optimizer over (some of) the model's parameters.
+    """
+    optimizer = make(list(parameters.items()))
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise DataError(
+            f"optimizer=... must return a torch.optim.Optimizer; got {type(optimizer).__name__}. It is called with a list of "
+            "(name, parameter): optimizer=lambda named: torch.optim.SGD(named, lr=0.1)"
+        )
+    own = {id(p) for p in parameters.values()}
+    foreign = sum(id(p) not in own for group in optimizer.param_groups for p in group["params"])
+    if foreign:
+        raise DataError(
+            f"the optimizer holds {foreign} parameters that are not the model's trainable ones; make it from the list it is given"
+        )
+    return optimizer
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """Tensors and plain values of the state; the learning rate is left out, it is set at every step.
+
+    Returns:
+        ``{"<key>/<parameter name>": tensor}`` and, JSON-able, "values" of the state under the same names, "options" of the groups
+        under "<key>/<group>", and under "cpu" the tensors that stand on the CPU while their parameter does not.
+
+    Raises:
+        RunError: if something is neither a tensor, a number, a string, None, nor a list of those.
+    """
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    cpu: dict[str, Any] = {}
     for name, p in parameters.items():
         for key, value in optimizer.state.get(p, {}).items():
             if isinstance(value, Tensor):
-                out[f"{key}/{name}"] = value
-            elif value is not None:
-                raise RunError(f"the optimizer keeps {key}={value!r} of {name}, which is not a tensor: it cannot be stored exactly")
-    return out
+                tensors[f"{key}/{name}"] = value
+                if value.device != p.device:
+                    cpu[f"{key}/{name}"] = True
+            else:
+                values[f"{key}/{name}"] = _plain(value, f"{key} of {name}")
+    own = {id(p) for p in parameters.values()}
+    for odd in optimizer.state:
+        if id(odd) not in own:
+            raise RunError(f"the optimizer keeps state under {odd!r}, which is not a parameter: it cannot be stored exactly")
+    options = {}
+    for i, group in enumerate(optimizer.param_groups):
+        for key, value in group.items():
+            if key not in ("params", "param_names", "lr", "initial_lr"):
+                value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+                options[f"{key}/{i}"] = _plain(value, f"{key} of group {i}")
+    return tensors, {"values": values, "options": options, "cpu": cpu}
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], state: dict[str, Tensor]) -> None:
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, Tensor],
+    plain: Mapping[str, Mapping[str, Any]],
+) -> None:
     """The inverse of `optimizer_state`. Tensors take the strides of their parameter, since kernels may round by layout."""
-    for key_name, value in state.items():
+    for key_name, value in tensors.items():
         key, name = key_name.split("/", 1)
         p = parameters[name]
+        device = value.device if key_name in plain.get("cpu", {}) else p.device
+        if not plain and not value.dim():
+            device = value.device  # written before places were stored: a step count
         if value.shape == p.shape and value.dim():
-            value = torch.empty_like(p, dtype=value.dtype).copy_(value)
-        optimizer.state[p][key] = value.detach().clone(memory_format=torch.preserve_format)
+            value = torch.empty_like(p, dtype=value.dtype, device=device).copy_(value)
+        optimizer.state[p][key] = value.detach().to(device).clone(memory_format=torch.preserve_format)
+    for key_name, value in plain.get("values", {}).items():
+        key, name = key_name.split("/", 1)
+        optimizer.state[parameters[name]][key] = value
+    for key_name, value in plain.get("options", {}).items():
+        key, number = key_name.rsplit("/", 1)
+        group = optimizer.param_groups[int(number)]
+        now = group.get(key)
+        if isinstance(now, Tensor):
+            now.fill_(value)
+        else:
+            group[key] = tuple(value) if isinstance(now, tuple) else value
+
+
+def _plain(value: Any, what: str) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)) and all(v is None or isinstance(v, (bool, int, float, str)) for v in value):
+        return list(value)
+    raise RunError(
+        f"the optimizer keeps {what} = {value!r}, which is neither a tensor nor a plain value: it cannot be stored exactly; "
+        "train without a checkpoint or with another optimizer"
+    )

@@ -29,13 +29,18 @@ def generators_of(*loaders: Any) -> list[torch.Generator]:
     return list(found.values())
 
 
-def seed_everything(seed: int, generators: list[torch.Generator]) -> torch.Generator:
-    """Seeds torch (all devices), NumPy, Python and the loaders' generators; returns a fresh CPU generator for the caller."""
+def seed_everything(seed: int, generators: list[torch.Generator], rank: int = 0) -> torch.Generator:
+    """Seeds torch (all devices), NumPy, Python and the loaders' generators; returns a fresh CPU generator for the caller.
+
+    The loaders' generators are the same in every process, since samplers that share out an order rely on it; the rest (dropout,
+    augmentation) differs by ``rank``.
+    """
+    shared, seed = seed, mix(seed, "rank", rank) if rank else seed
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
     for i, generator in enumerate(generators):
-        generator.manual_seed(mix(seed, i))
+        generator.manual_seed(mix(shared, i))
     return torch.Generator().manual_seed(mix(seed, "own"))
 
 

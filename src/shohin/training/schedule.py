@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from shohin.training.config import TrainConfig
 
+Schedule = Callable[[float], float]
+"""``schedule(progress in [0, 1]) -> factor`` of the optimizer's own learning rates."""
 
-def learning_rate(config: TrainConfig, epoch: int, batch: int, batches: int | None) -> float:
+
+def progress_of(config: TrainConfig, epoch: int, step: int, steps: int | None) -> float:
+    """The share of a training that is done in the middle of a step, in [0, 1]; arguments as in `learning_rate`."""
+    within = 0.5 if steps is None else min((step + 0.5) / max(steps, 1), 1.0)
+    return (epoch + within) / max(config.epochs, 1)
+
+
+def learning_rate(config: TrainConfig, epoch: int, step: int, steps: int | None) -> float:
     """The learning rate of one step.
 
     Args:
         config: peak, warm-up and final share.
         epoch: from 0.
-        batch: index in the epoch, from 0.
-        batches: batches in an epoch; None if not known yet, which counts every step as the middle of its epoch.
+        step: index in the epoch, from 0.
+        steps: optimizer steps in an epoch; None if not known yet, which counts every step as the middle of its epoch.
     """
-    within = 0.5 if batches is None else min((batch + 0.5) / max(batches, 1), 1.0)
-    progress = (epoch + within) / max(config.epochs, 1)
+    progress = progress_of(config, epoch, step, steps)
     if progress < config.warmup:
         return config.lr * progress / config.warmup
     if config.schedule == "constant":
