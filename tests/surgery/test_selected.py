@@ -89,3 +89,32 @@ def test_interleaved_halves_of_a_table() -> None:
         reference.o.weight[:, gone] = 0
     assert result.form == "module" and result.model.table.shape == (5, 4)
     assert torch.allclose(result.model(x), reference(x), rtol=1e-12)
+
+
+class Maxout(nn.Module):
+    """The largest of three neighbours; then attention by the largest and the mean channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 12, 1), nn.Conv2d(4, 6, 1), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        h = h.view(h.shape[0], h.shape[1] // 3, 3, *h.shape[2:]).max(2)[0]
+        h = self.b(h)
+        return self.c(h * torch.sigmoid(h.max(1, keepdim=True)[0] + h.mean(1, keepdim=True)))
+
+
+def test_largest_values_whose_places_nobody_reads() -> None:
+    torch.manual_seed(0)
+    model, x = Maxout().double(), torch.randn(2, 3, 4, 4).double()
+    graph = understand(model, (x,))
+    assert graph.sizes["b.weight"] == 6 and graph.group("b.weight").normalized
+    stays = [0, 3, 4]
+    result = cut(model, graph, Plan(graph.program.fingerprint, {"b.weight": tuple(stays)}))
+    h = model.a(x).view(2, 4, 3, 4, 4).amax(2)
+    h = F.conv2d(h, model.b.weight[stays], model.b.bias[stays])  # type: ignore[index]
+    h = h * torch.sigmoid(h.amax(1, keepdim=True) + h.mean(1, keepdim=True))
+    assert result.form == "module" and torch.allclose(result.model(x), F.conv2d(h, model.c.weight[:, stays], model.c.bias), rtol=1e-11)
+    outputs = [g for g in graph.groups if "a.weight" in g.slices]
+    assert [g.size for g in outputs] == [4, 3] or [g.size for g in outputs] == [4]

@@ -97,6 +97,10 @@ def _run(path: Path) -> ModuleType:
         raise TaskError(f"{error.filename or path}, line {error.lineno}: {error.msg}" + (f": {text}" if text else "")) from error
     except UnicodeDecodeError as error:
         raise TaskError(f"{path} is not text in UTF-8: {error}") from error
+    except ValueError as error:
+        if "null bytes" not in str(error):  # what some versions of Python say of a binary file
+            raise
+        raise TaskError(f"{path} is not text in UTF-8: {error}") from error
     return module
 
 

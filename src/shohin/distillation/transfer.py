@@ -126,7 +126,7 @@ def distill(
 
 def _memory(config: TrainConfig) -> int:
     """Bytes for remembered answers: none where no batch comes again."""
-    return 256 << 20 if config.augment is None else 0
+    return 256 << 20 if config.augment is None or config.replay is not None else 0
 
 
 def divergence(student: nn.Module, teacher: nn.Module | Teacher, data: Data, split: str = "validation") -> float:

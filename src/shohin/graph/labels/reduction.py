@@ -30,16 +30,19 @@ REDUCTIONS = {
     "std_mean": 1,
     "var_mean": 1,
     "frobenius_norm": 1,
+    "prod": 1,
+    "median": 1,
+    "mode": 1,
 }
 #: what they give is a place along the axis, which would change its meaning
-PLACES = {"argmax": 1, "argmin": 1, "prod": 1, "median": 1, "mode": 1}
+PLACES = {"argmax": 1, "argmin": 1}
 
 
 @rule(*REDUCTIONS, *PLACES)
 def reduction(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
     """Reduction over some axes; over a prunable one what stays changes, and the axis is noted as normalized.
 
-    ``max`` and ``min`` of two tensors are elementwise.
+    ``max`` and ``min`` of two tensors are elementwise. Those that give places too (``max.dim``) mix only where nobody reads the places.
     """
     name = family(node)
     place = REDUCTIONS.get(name, 1)
@@ -50,8 +53,8 @@ def reduction(context: Context, node: fx.Node, args: tuple[Any, ...]) -> Any:
     whole = dims is None or isinstance(dims, bool) or dims == []
     listed = [dims] if isinstance(dims, int) else list(dims or ())
     reduced = set(range(len(x.shape))) if whole else {d % len(x.shape) for d in listed}
-    index = name in PLACES or name in ("max", "min")
-    if index and reduced & set(x.varying):
+    places = name in PLACES or any(family(user) == "getitem" and user.args[1] == 1 for user in node.users)
+    if places and name not in ("std_mean", "var_mean") and reduced & set(x.varying):
         return NotImplemented
     single = isinstance(node.meta["val"], torch.Tensor)
     shape = shape_of(node) if single else tuple(node.meta["val"][0].shape)
