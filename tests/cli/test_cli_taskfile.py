@@ -11,6 +11,13 @@ from torch import nn
 from shohin.cli.taskfile import PAIR, TaskError, load_task
 from shohin.data import Data
 
+
+@pytest.fixture(autouse=True)
+def _own_search_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task's folder is put on the search path; its files must not stand before packages in what runs later."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
 DATA = "shohin.Data(train=batches(), validation=batches())"
 RIGHT = {
     "names": TASK,
