@@ -208,7 +208,7 @@ SIZES = {
     "unfold": {"a.weight": 8, "b.weight": 4},
     "scalarout": {"a.weight": 8, "b.weight": 4, "c.weight": 2},
     "topk": {"b.weight": 4},
-    "max": {"b.weight": 4},
+    "max": {"a.weight": 8, "b.weight": 4},
     "normalize": {"a.weight": 8, "b.weight": 4},
     "repeat": {"a.weight": 8, "b.weight": 4},
     "outer": {"a.weight": 8, "b.weight": 4},
