@@ -17,24 +17,21 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from shohin.data import Call
 from shohin.errors import ModelError
 from shohin.graph import Graph, understand_program
 from shohin.plan import Plan
-from shohin.program import Program, capture
+from shohin.program import capture
 from shohin.surgery import Cut, confirm, cut
-from shohin.surgery.oracle import gradients_agree, lively, oracle, unspoken
+from shohin.surgery.oracle import lively, oracle, unspoken
 from sweep.entry import Entry
-from sweep.numbers import Exact, Wrong, difference, doubled, outputs_of, run, single
+from sweep.numbers import TOLERANCE, Exact, Wrong, against, casts, difference, doubled, embedding_tables, outputs_of, single
 from sweep.parts import check_parts
 
-#: relative, in float64
-ORACLE_TOLERANCE = 1e-8
 #: relative, in float32
 ONNX_TOLERANCE = 5e-4
-
 #: relative, in float64: the same operations on the same numbers, which may lie otherwise in memory
 RELOAD_TOLERANCE = 1e-13
 
@@ -60,7 +57,7 @@ def check(entry: Entry, plans: int = 3, onnx: bool = True, reload: bool = True) 
 def _check(entry: Entry, record: dict[str, Any], plans: int, onnx: bool, reload: bool) -> None:
     model = _model(entry)
     example = doubled(entry.arguments(2, 0))
-    record["parameters"], record["embeddings"] = _sizes(model, _tables(model))
+    record["parameters"], record["embeddings"] = _sizes(model, embedding_tables(model))
     record["stage"] = "capture"
     try:
         with _timing(record, "capture_seconds"), _timing_export(record):
@@ -71,8 +68,8 @@ def _check(entry: Entry, record: dict[str, Any], plans: int, onnx: bool, reload:
     record["stage"] = "understand"
     with _timing(record, "understand_seconds"):
         graph = confirm(understand_program(program))
-    with Exact() if _casts(program) else nullcontext():
-        if _casts(program):  # compared in float64 throughout; what is timed is the model as it is
+    with Exact() if casts(program) else nullcontext():
+        if casts(program):  # compared in float64 throughout; what is timed is the model as it is
             graph = confirm(understand_program(capture(model, Call(*example, None, None))))
         result, plan = _plans(entry, record, model, graph, plans)
     if onnx:
@@ -84,7 +81,7 @@ def _check(entry: Entry, record: dict[str, Any], plans: int, onnx: bool, reload:
         record["stage"] = "reload"
         torch.manual_seed(1)
         other = entry.build().eval().double()  # its computed buffers are the model's: rounded to float32
-        with Exact() if _casts(program) else nullcontext():
+        with Exact() if casts(program) else nullcontext():
             _reload(entry, other, result, plan)
 
 
@@ -106,7 +103,7 @@ def _plans(entry: Entry, record: dict[str, Any], model: nn.Module, graph: Graph,
     plan = half_plan(graph)
     with _timing(record, "cut_seconds"):
         result = _cut(record, model, graph, plan)
-    after, left = _sizes(result.model, _tables(model))
+    after, left = _sizes(result.model, embedding_tables(model))
     record["ratio"] = round((after - left) / max(record["parameters"] - record["embeddings"], 1), 4)
     record.update(form=result.form, reason=result.reason, parts=list(result.parts))
     if not silent:
@@ -128,11 +125,6 @@ def _sizes(model: nn.Module, names: set[str]) -> tuple[int, int]:
     """(all parameters, those of embedding tables), tied ones once."""
     tables = {id(p): p.numel() for n, p in model.named_parameters(remove_duplicate=False) if n in names}
     return sum(p.numel() for p in model.parameters()), sum(tables.values())
-
-
-def _tables(model: nn.Module) -> set[str]:
-    """Names of embedding tables; the program form has no classes that would tell."""
-    return {f"{n}.weight" for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Embedding)}
 
 
 def random_plan(graph: Graph, seed: int, leave: set[str] = frozenset()) -> Plan:  # type: ignore[assignment]
@@ -162,27 +154,10 @@ def _cut(record: dict[str, Any], model: nn.Module, graph: Graph, plan: Plan) -> 
 
 
 def _compare(entry: Entry, record: dict[str, Any], model: nn.Module, graph: Graph, plan: Plan, result: Cut, seed: int) -> None:
-    wanted = oracle(model, graph, plan)
-    arguments = doubled(entry.arguments(2, seed))
-    expected, by_name, inputs = run(wanted, arguments)
-    got, grads, own_inputs = run(result.model, arguments)
-    kept = result.rewritten.kept
-    grads = {n: g for n, g in grads.items() if n not in result.rewritten.scaled}
-    if not all(bool(t.isfinite().any()) for t in expected if t.numel()):
-        raise RuntimeError("the oracle's outputs are not finite")
-    for error, where in (
-        difference(got, expected, "output"),
-        difference(own_inputs, inputs, "input gradient"),
-        gradients_agree(by_name, grads, kept),
-    ):
+    for error, where in against(oracle(model, graph, plan), result.model, result.rewritten, doubled(entry.arguments(2, seed))):
         record["plans"][-1]["error"] = max(record["plans"][-1]["error"], error)
-        if not error <= ORACLE_TOLERANCE:
+        if not error <= TOLERANCE:
             raise Wrong(f"the cut does not equal the oracle: {where}, {error:.1e} (form {result.form})")
-
-
-def _casts(program: Program) -> bool:
-    values = [v for n in program.graph.nodes for v in [n.meta.get("val")] if isinstance(v, Tensor)]
-    return any(v.dtype is torch.float32 for v in values)
 
 
 def _single(entry: Entry, result: Cut, plan: Plan) -> nn.Module:

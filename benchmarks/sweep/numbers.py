@@ -10,6 +10,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from shohin.program import Program
+from shohin.surgery.oracle import gradients_agree
+from shohin.surgery.rewritten import Rewritten
+
+#: relative difference from the oracle, in float64
+TOLERANCE = 1e-8
+
 
 class Wrong(Exception):
     """Something differs that must be equal."""
@@ -44,6 +51,17 @@ def outputs_of(value: Any) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(_plain(value)) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
+def casts(program: Program) -> bool:
+    """True if something is computed in float32 though the model is in float64: compare inside `Exact`."""
+    values = [n.meta.get("val") for n in program.graph.nodes]
+    return any(isinstance(v, Tensor) and v.dtype is torch.float32 for v in values)
+
+
+def embedding_tables(model: nn.Module) -> set[str]:
+    """Names of embedding weights; the program form has no classes that would tell."""
+    return {f"{n}.weight" for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Embedding)}
+
+
 def _plain(value: Any) -> Any:
     """What a file returns are mappings that torch does not look into."""
     if isinstance(value, Mapping):
@@ -66,6 +84,24 @@ def run(model: nn.Module, arguments: Any) -> tuple[list[Tensor], dict[str, Tenso
     found = torch.autograd.grad(loss, [*distinct, *inputs], allow_unused=True)
     by_id = {id(p): g for p, g in zip(distinct, found, strict=False)}
     return [t.detach() for t in outputs], {n: by_id[id(p)] for n, p in names.items()}, [g for g in found[len(distinct) :] if g is not None]
+
+
+def against(reference: nn.Module, made: nn.Module, rewritten: Rewritten, arguments: Any) -> list[tuple[float, str]]:
+    """(relative difference, where) of outputs, gradients of inputs and gradients of parameters of a cut from the oracle's.
+
+    Raises:
+        RuntimeError: if the oracle gives nothing finite to compare with.
+    """
+    expected, by_name, inputs = run(reference, arguments)
+    got, gradients, own = run(made, arguments)
+    gradients = {n: g for n, g in gradients.items() if n not in rewritten.scaled}
+    if not all(bool(t.isfinite().any()) for t in expected if t.numel()):
+        raise RuntimeError("the oracle's outputs are not finite")
+    return [
+        difference(got, expected, "output"),
+        difference(own, inputs, "input gradient"),
+        gradients_agree(by_name, gradients, rewritten.kept),
+    ]
 
 
 def difference(got: list[Tensor], wanted: list[Tensor], what: str) -> tuple[float, str]:

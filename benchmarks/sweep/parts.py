@@ -15,13 +15,10 @@ from torch.utils import _pytree as pytree
 
 from shohin.data import Call
 from shohin.plan import Plan
-from shohin.surgery.oracle import gradients_agree, oracle, unspoken
+from shohin.surgery.oracle import oracle, unspoken
 from shohin.surgery.parts import CutParts, Parts, cut_parts, understand_parts
 from sweep.entry import Arguments, Entry
-from sweep.numbers import Wrong, difference, doubled, run
-
-#: relative, in float64
-TOLERANCE = 1e-8
+from sweep.numbers import TOLERANCE, Wrong, against, difference, doubled, run
 
 
 def check_parts(entry: Entry, record: dict[str, Any], model: nn.Module, plans: int, reload: bool) -> None:
@@ -65,20 +62,13 @@ def _compare(model: nn.Module, parts: Parts, made: CutParts, path: str, plan: Pl
     graph, cut = parts.graphs[path], made.cuts[path]
     if not cut.proof.holds:
         raise Wrong(f"{path}: the cut does not equal the view: {cut.proof.where}, {cut.proof.error:.1e}")
+    reference = oracle(model.get_submodule(path), graph, plan)
     arguments = _arguments(graph.program.example, graph.program.in_spec, seed)
-    expected, by_name, inputs = run(oracle(model.get_submodule(path), graph, plan), arguments)
-    got, gradients, own_inputs = run(made.model.get_submodule(path), arguments)
-    gradients = {n: g for n, g in gradients.items() if n not in cut.rewritten.scaled}
-    worst = 0.0
-    for error, where in (
-        difference(got, expected, "output"),
-        difference(own_inputs, inputs, "input gradient"),
-        gradients_agree(by_name, gradients, cut.rewritten.kept),
-    ):
+    found = against(reference, made.model.get_submodule(path), cut.rewritten, arguments)
+    for error, where in found:
         if not error <= TOLERANCE:
             raise Wrong(f"{path}: the cut does not equal the oracle: {where}, {error:.1e}")
-        worst = max(worst, error)
-    return worst
+    return max(error for error, _ in found)
 
 
 def _arguments(example: Any, spec: Any, seed: int) -> Arguments:

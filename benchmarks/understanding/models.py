@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from shohin.surgery.oracle import lively
 from sweep.catalogue import catalogue
 from sweep.entry import Entry
-from sweep.numbers import outputs_of
+from sweep.numbers import embedding_tables, outputs_of
 
 #: tiny configurations, one of each kind
 TRANSFORMERS = (
@@ -49,11 +49,6 @@ def sizes(model: nn.Module, tables: set[str] | None = None) -> tuple[int, int]:
     ids = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if n in tables}
     outside = sum(p.numel() for p in model.parameters() if id(p) not in ids)
     return outside, sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-
-
-def embedding_tables(model: nn.Module) -> set[str]:
-    """Names of embedding weights."""
-    return {f"{n}.weight" for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Embedding)}
 
 
 def last_layer(model: nn.Module, arguments: Any) -> nn.Module | None:

@@ -8,21 +8,18 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from shohin.data import Call
 from shohin.graph import understand_program
 from shohin.plan import Plan
-from shohin.program import Program, capture
+from shohin.program import capture
 from shohin.surgery import Cut, confirm, cut
-from shohin.surgery.oracle import gradients_agree, oracle, unspoken
+from shohin.surgery.oracle import oracle, unspoken
 from sweep.check import half_plan
 from sweep.entry import Entry
-from sweep.numbers import Exact, difference, doubled, run
-from understanding.models import build, embedding_tables, runs, short, sizes
-
-#: relative, in float64
-TOLERANCE = 1e-8
+from sweep.numbers import TOLERANCE, Exact, against, casts, doubled, embedding_tables
+from understanding.models import build, runs, short, sizes
 
 
 def timed(model: nn.Module, entry: Entry) -> dict[str, Any]:
@@ -71,8 +68,8 @@ def _judged(entry: Entry) -> dict[str, Any]:
     tables = embedding_tables(model)
     example = Call(*doubled(entry.arguments(2, 0)), None, None)
     program = capture(model, example)
-    with Exact() if _casts(program) else nullcontext():
-        graph = confirm(understand_program(capture(model, example) if _casts(program) else program))
+    with Exact() if casts(program) else nullcontext():
+        graph = confirm(understand_program(capture(model, example) if casts(program) else program))
         plan = half_plan(graph)
         made = cut(model, graph, plan)
         left = sizes(made.model, tables)[0]
@@ -99,21 +96,8 @@ def _judged(entry: Entry) -> dict[str, Any]:
 
 def _error(entry: Entry, made: Cut, zeroed: nn.Module) -> tuple[float, str]:
     """The largest relative difference of outputs and gradients."""
-    arguments = doubled(entry.arguments(2, 9))
-    wanted, by_name, inputs = run(zeroed, arguments)
-    got, gradients, own = run(made.model, arguments)
-    gradients = {n: g for n, g in gradients.items() if n not in made.rewritten.scaled}
-    found = [
-        difference(got, wanted, "output"),
-        difference(own, inputs, "input gradient"),
-        gradients_agree(by_name, gradients, made.rewritten.kept),
-    ]
+    found = against(zeroed, made.model, made.rewritten, doubled(entry.arguments(2, 9)))
     return max(found, key=lambda f: f[0] if f[0] == f[0] else float("inf"))
-
-
-def _casts(program: Program) -> bool:
-    values = [n.meta.get("val") for n in program.graph.nodes]
-    return any(isinstance(v, Tensor) and v.dtype is torch.float32 for v in values)
 
 
 class _timing_export:

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sweep.entry import Entry
-from sweep.numbers import Exact, difference, doubled, outputs_of
+from sweep.numbers import Exact, difference, doubled, embedding_tables, outputs_of
 from understanding.limits import Late, limit
-from understanding.models import build, embedding_tables, last_layer, runs, short, sizes
+from understanding.models import build, last_layer, runs, short, sizes
 
 #: relative, in float64
 TOLERANCE = 1e-8

@@ -12,6 +12,7 @@ from shohin.data import Call
 from shohin.distillation.features import Features, FeatureTap, check_taps, recorded
 from shohin.distillation.losses.shapes import pooled
 from shohin.errors import ModelError
+from shohin.training.state import training_modes
 
 
 class Adapter(nn.Module):
@@ -97,12 +98,6 @@ def adapters_for(student: nn.Module, teacher: nn.Module, taps: Sequence[FeatureT
 
 def outputs_at(model: nn.Module, names: Sequence[str], call: Call) -> Features:
     """What the named modules give for a batch, in evaluation mode without gradients; modes are given back."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(), recorded(model, names) as found:
-            model(*call.args, **call.kwargs)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with training_modes(model), torch.no_grad(), recorded(model, names) as found:
+        model.eval()(*call.args, **call.kwargs)
     return found

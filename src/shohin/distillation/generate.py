@@ -20,6 +20,8 @@ from torch.nn import functional as F
 
 from shohin.data import first_output
 from shohin.errors import DataError, ModelError
+from shohin.training.randomness import mix
+from shohin.training.state import training_modes
 
 WARNING = (
     "inputs are generated, not real: a student trained on them usually is less accurate than one trained on data, even unlabelled; "
@@ -185,15 +187,10 @@ def _one_tensor(example: Any) -> Tensor:
 @contextmanager
 def _undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
     """Evaluation mode with gradients; modes and random state are given back."""
-    modes = [(m, m.training) for m in model.modules() if m.training]
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
-            torch.default_generator.manual_seed(seed)
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with training_modes(model), torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+        model.eval()
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -250,8 +247,6 @@ def _gradient(loss: Tensor, z: Tensor) -> Tensor:
 
 
 def _generator(*parts: object) -> torch.Generator:
-    from shohin.training.randomness import mix
-
     return torch.Generator().manual_seed(mix("generate", *parts))
 
 

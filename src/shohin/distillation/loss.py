@@ -19,9 +19,6 @@ from shohin.errors import DataError, ModelError, closest
 Between = Callable[[Tensor, Tensor], Tensor]
 """``(student, teacher) -> scalar``."""
 
-#: losses between answers that can be asked for by name
-NAMED = ("kd", "dkd", "dist", "mse", "multi_label", "regression", "tokens", "embeddings", "cosine")
-
 
 @dataclass(frozen=True)
 class Mix:
@@ -110,26 +107,19 @@ class Mix:
         return total, {name: value.item() for name, value in terms.items()}
 
     def _between(self, student: Tensor, teacher: Tensor, call: Call) -> Tensor:
-        t = self.temperature
-        labelled = isinstance(call.target, Tensor) and not call.target.is_floating_point() and call.target.dim() == 1
-        numbers = isinstance(call.target, Tensor) and call.target.shape == student.shape and call.target.is_floating_point()
-        if not isinstance(self.loss, str):
-            return self.loss(student, teacher)
-        if self.loss == "kd":
-            return losses.kd(student, teacher, t, self.dim)
-        if self.loss == "dkd":
-            return losses.dkd(student, teacher, call.target if labelled else None, t)
-        if self.loss == "dist":
-            return losses.dist(student, teacher, t)
-        if self.loss == "mse":
-            return losses.logits_mse(student, teacher)
-        if self.loss == "multi_label":
-            return losses.multi_label(student, teacher, t)
-        if self.loss == "regression":
-            return losses.bounded_regression(student, teacher, call.target if numbers else None)
-        if self.loss == "tokens":
-            return losses.tokens(student, teacher, _counts(call, student), t)
-        return losses.embeddings(student, teacher) if self.loss == "embeddings" else losses.cosine_embedding(student, teacher)
+        return NAMED[self.loss](student, teacher, call, self) if isinstance(self.loss, str) else self.loss(student, teacher)
+
+
+def _classes(call: Call) -> Tensor | None:
+    """The labels ``[N]`` of exclusive classes, if there are any."""
+    target = call.target
+    return target if isinstance(target, Tensor) and not target.is_floating_point() and target.dim() == 1 else None
+
+
+def _numbers(call: Call, answers: Tensor) -> Tensor | None:
+    """The numbers that answers of their shape should be, if there are any."""
+    target = call.target
+    return target if isinstance(target, Tensor) and target.shape == answers.shape and target.is_floating_point() else None
 
 
 def _counts(call: Call, logits: Tensor) -> Tensor | None:
@@ -139,6 +129,20 @@ def _counts(call: Call, logits: Tensor) -> Tensor | None:
         return target != -100
     mask = call.kwargs.get("attention_mask")
     return mask.bool() if isinstance(mask, Tensor) and mask.shape == logits.shape[:-1] else None
+
+
+#: losses between answers that can be asked for by name: ``(student, teacher, call, mix) -> scalar``
+NAMED: dict[str, Callable[[Tensor, Tensor, Call, Mix], Tensor]] = {
+    "kd": lambda s, t, call, mix: losses.kd(s, t, mix.temperature, mix.dim),
+    "dkd": lambda s, t, call, mix: losses.dkd(s, t, _classes(call), mix.temperature),
+    "dist": lambda s, t, call, mix: losses.dist(s, t, mix.temperature),
+    "mse": lambda s, t, call, mix: losses.logits_mse(s, t),
+    "multi_label": lambda s, t, call, mix: losses.multi_label(s, t, mix.temperature),
+    "regression": lambda s, t, call, mix: losses.bounded_regression(s, t, _numbers(call, s)),
+    "tokens": lambda s, t, call, mix: losses.tokens(s, t, _counts(call, s), mix.temperature),
+    "embeddings": lambda s, t, call, mix: losses.embeddings(s, t),
+    "cosine": lambda s, t, call, mix: losses.cosine_embedding(s, t),
+}
 
 
 def watches(teacher: Teacher, taps: Sequence[FeatureTap]) -> None:

@@ -12,6 +12,7 @@ from shohin.data import Call, first_output
 from shohin.distillation.adapters import channel_dim
 from shohin.distillation.features import FeatureTap
 from shohin.errors import DataError, ModelError
+from shohin.training.state import training_modes
 
 #: samples from which a match is believed
 LEAST = 16
@@ -72,7 +73,6 @@ def _features(model: nn.Module, calls: Sequence[Call]) -> dict[str, _Seen]:
     """Modules that ran once for each batch and gave ``[N, ...]``, in the order in which they finished, outermost of equals first."""
     found: dict[str, _Seen] = {}
     often: set[str] = set()
-    modes = [(m, m.training) for m in model.modules()]
     names = {name: module for name, module in model.named_modules() if name}
     run: dict[str, int] = {}
     handles = []
@@ -99,8 +99,8 @@ def _features(model: nn.Module, calls: Sequence[Call]) -> dict[str, _Seen]:
     for name, module in names.items():
         handles.append(module.register_forward_hook(keep(name)))
     try:
-        model.eval()
-        with torch.no_grad():
+        with training_modes(model), torch.no_grad():
+            model.eval()
             for call in calls:
                 run.clear()
                 run["size"] = call.size
@@ -108,8 +108,6 @@ def _features(model: nn.Module, calls: Sequence[Call]) -> dict[str, _Seen]:
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes:
-            module.training = mode
     whole = {n: s for n, s in found.items() if n not in often and len(s.parts) == len(calls)}
     distinct: dict[bytes, str] = {}
     for name, seen in whole.items():  # a block and its last layer give one tensor: the block's name says more

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from shohin.data import Call, first_output
 from shohin.distillation.features import Features, recorded
 from shohin.errors import DataError
+from shohin.training.state import training_modes
 
 Answer = tuple[Tensor, Features]
 
@@ -118,19 +119,17 @@ class Teacher:
 
     def _run(self, call: Call) -> Answer:
         """The model's answer, as tensors that a graph of the student may hold."""
-        modes = [(m, m.training) for m in self.model.modules() if m.training]
-        self.model.eval()
         try:
-            try:
-                logits, features = self._forward(call)
-            except RuntimeError as error:
-                if self._plain or "nference" not in str(error):
-                    raise
-                self._plain = True  # operators that inference mode does not allow
-                logits, features = self._forward(call)
+            with training_modes(self.model):
+                self.model.eval()
+                try:
+                    logits, features = self._forward(call)
+                except RuntimeError as error:
+                    if self._plain or "nference" not in str(error):
+                        raise
+                    self._plain = True  # operators that inference mode does not allow
+                    logits, features = self._forward(call)
         finally:
-            for module, mode in modes:
-                module.training = mode
             if not self._plain:
                 _leave_inference(self.model)
         return _normal(logits), {name: [_normal(t) for t in tensors] for name, tensors in features.items()}

@@ -61,11 +61,17 @@ class Graph:
 
     def group(self, name: str) -> UnitGroup:
         """The group of that name. Raises KeyError."""
-        return self.groups[_place([g.name for g in self.groups], name, "unit group")]
+        found = next((g for g in self.groups if g.name == name), None)
+        if found is None:
+            raise KeyError(f"the model has no unit group {name!r}{closest(name, self.sizes)}")
+        return found
 
     def region(self, name: str) -> Region:
         """The region of that name. Raises KeyError."""
-        return self.regions[_place([r.name for r in self.regions], name, "region")]
+        found = next((r for r in self.regions if r.name == name), None)
+        if found is None:
+            raise KeyError(f"the model has no region {name!r}{closest(name, [r.name for r in self.regions])}")
+        return found
 
     def kept(self, plan: Plan) -> dict[str, int]:
         """Group name -> number of units that the plan keeps."""
@@ -113,12 +119,6 @@ class Graph:
 
     def __repr__(self) -> str:
         return f"Graph({len(self.groups)} groups, {len(self.regions)} regions, {len(self.costs)} operations, {len(self.frozen)} frozen)"
-
-
-def _place(names: list[str], name: str, what: str) -> int:
-    if name not in names:
-        raise KeyError(f"the model has no {what} {name!r}{closest(name, names)}")
-    return names.index(name)
 
 
 def understand_program(program: Program) -> Graph:
