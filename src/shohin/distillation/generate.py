@@ -7,18 +7,15 @@ Networks without batch normalization remember no statistics: they get noise.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from shohin.data import first_output
+from shohin.distillation.inversion import Inversion, Watch, look
 from shohin.errors import DataError, ModelError
 from shohin.training.randomness import mix
 from shohin.training.state import training_modes
@@ -27,14 +24,6 @@ WARNING = (
     "inputs are generated, not real: a student trained on them usually is less accurate than one trained on data, even unlabelled; "
     "measure it on real data before it is used"
 )
-
-
-@dataclass
-class _Watch:
-    """What a forward showed: the distance of each batch normalization's input from its statistics, and embeddings called with the input."""
-
-    distances: list[Tensor] = field(default_factory=list)
-    tables: list[nn.Module] = field(default_factory=list)
 
 
 def generate(
@@ -112,46 +101,28 @@ def generate(
         elif classes and (answer.dim() != 2 or answer.shape[1] < 2):
             raise DataError(f"classes=True needs scores [N, C]; the model's first output has shape {tuple(answer.shape)}")
         image = example.dim() == 4 and min(example.shape[2:]) >= 4
-        if shift is None:
-            shift = max(1, min(example.shape[2:]) // 16) if image else 0
+        shift = 0 if not image else max(1, min(example.shape[2:]) // 16) if shift is None else shift
         wanted = _targets(count, len(example), answer.shape[1], seed).to(example.device) if classes else None
 
-        def value(z: Tensor, i: int, moves: torch.Generator) -> Tensor:
-            x = middle + spread * z
-            if image:
-                dy, dx, mirrored = (
-                    int(torch.randint(low, high, (), generator=moves)) for low, high in ((-shift, shift + 1),) * 2 + ((0, 2),)
-                )
-                x = x.roll((dy, dx), (2, 3))
-                x = x.flip(3) if flip and mirrored else x
-            found, scores = _look(model, x.to(example.dtype).clone())
-            total = statistics_weight * torch.stack(found.distances).mean()
-            if wanted is not None:
-                total = total + class_weight * F.cross_entropy(_unnormalized(scores.to(z.dtype)), wanted[i])
-            if image:
-                total = total + variation_weight * _variation(z) + norm_weight * z.square().mean()
-            return total
-
-        found = []
-        for i, z in enumerate(noise):
-            z = z.to(example.device).requires_grad_()
-            optimizer = torch.optim.Adam([z], lr=lr, betas=(0.5, 0.9))
-            moves = _generator(seed, i, "moves")
-            for step in range(steps):
-                optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
-                loss = value(z, i, moves)
-                if not bool(torch.isfinite(loss)):
-                    raise ModelError(
-                        f"generation met {loss.item()} in batch {i}, step {step}; give a smaller lr, or mean= and scale= of inputs"
-                    )
-                z.grad = _gradient(loss, z)
-                optimizer.step()
-                if bounds is not None:
-                    with torch.no_grad():
-                        z.copy_(((middle + spread * z).clamp(*bounds) - middle) / spread)
-            x = (middle + spread * z).detach()
-            found.append((x if bounds is None else x.clamp(*bounds)).to(example.dtype))
-        return found
+        inversion = Inversion(
+            model,
+            middle,
+            spread,
+            example.dtype,
+            steps,
+            lr,
+            bounds,
+            statistics_weight,
+            class_weight,
+            variation_weight if image else 0.0,
+            norm_weight if image else 0.0,
+            shift,
+            flip and image,
+        )
+        return [
+            inversion.batch(z.to(example.device), None if wanted is None else wanted[i], _generator(seed, i, "moves"), i)
+            for i, z in enumerate(noise)
+        ]
 
 
 def statistics_distance(model: nn.Module, batch: Tensor) -> float:
@@ -193,57 +164,15 @@ def _undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
         yield
 
 
-def _is_norm(module: nn.Module) -> bool:
-    """Batch normalization with running statistics, also one of another library (frozen, fused with an activation)."""
-    if isinstance(module, nn.modules.instancenorm._InstanceNorm):
-        return False
-    return all(isinstance(getattr(module, name, None), Tensor) for name in ("running_mean", "running_var"))
-
-
-def _look(model: nn.Module, x: Tensor) -> tuple[_Watch, Tensor]:
-    """A forward, what was seen in it, and its first output."""
-    watch = _Watch()
-
-    def norm(module: Any, args: tuple[Any, ...]) -> None:
-        seen = args[0].to(torch.promote_types(args[0].dtype, torch.float32))
-        dims = [d for d in range(seen.dim()) if d != 1]
-        var, centre = torch.var_mean(seen, dims, correction=0)
-        eps = getattr(module, "eps", 1e-5)
-        running = module.running_var + eps
-        off = (centre - module.running_mean).square() / running + (((var + eps) / running).sqrt() - 1).square()
-        watch.distances.append(off.mean())
-
-    def table(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor) and args[0].numel() == x.numel() and torch.equal(args[0].reshape(-1), x.reshape(-1)):
-            watch.tables.append(module)
-
-    handles = [m.register_forward_pre_hook(norm) for m in model.modules() if _is_norm(m)]
-    if not x.is_floating_point():
-        handles += [m.register_forward_pre_hook(table) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
-    try:
-        return watch, first_output(model(x))
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _probe(model: nn.Module, example: Tensor) -> tuple[_Watch, Tensor]:
+def _probe(model: nn.Module, example: Tensor) -> tuple[Watch, Tensor]:
     try:
         with torch.no_grad():
-            return _look(model, example.clone())
+            return look(model, example.clone())
     except Exception as error:
         raise ModelError(
             f"the model does not run on the example of shape {tuple(example.shape)} alone: {type(error).__name__}: {error}; "
             "inputs can be generated for models with one input"
         ) from error
-
-
-def _gradient(loss: Tensor, z: Tensor) -> Tensor:
-    """Of the input alone: parameters keep no gradients."""
-    try:
-        return torch.autograd.grad(loss, z)[0]
-    except RuntimeError as error:
-        raise ModelError(f"the model gives its input no gradient ({error}): generate with the floating-point model") from error
 
 
 def _generator(*parts: object) -> torch.Generator:
@@ -266,25 +195,6 @@ def _targets(count: int, samples: int, classes: int, seed: int) -> Tensor:
     g = _generator(seed, "classes")
     rounds = -(-count * samples // classes)
     return torch.cat([torch.randperm(classes, generator=g) for _ in range(rounds)])[: count * samples].reshape(count, samples)
-
-
-def _unnormalized(scores: Tensor) -> Tensor:
-    """Logits for the cross-entropy: of probabilities their logarithm, anything else as it is."""
-    with torch.no_grad():
-        sums = scores.sum(1)
-        probabilities = bool((scores >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-3)
-    return scores.clamp(min=1e-8).log() if probabilities else scores
-
-
-def _variation(x: Tensor) -> Tensor:
-    """Mean squared difference of neighbours along height, width and both diagonals of ``[N, C, H, W]``."""
-    pairs = (
-        (x[..., 1:, :], x[..., :-1, :]),
-        (x[..., 1:], x[..., :-1]),
-        (x[..., 1:, 1:], x[..., :-1, :-1]),
-        (x[..., 1:, :-1], x[..., :-1, 1:]),
-    )
-    return torch.stack([(a - b).square().mean() for a, b in pairs]).mean()
 
 
 def _noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
@@ -310,7 +220,7 @@ def _colour(z: Tensor, power: Tensor) -> Tensor:
     return x / x.std((1, 2, 3), keepdim=True).clamp(min=1e-6)
 
 
-def _ids(example: Tensor, watch: _Watch, vocabulary: int | None, generator: torch.Generator) -> Tensor:
+def _ids(example: Tensor, watch: Watch, vocabulary: int | None, generator: torch.Generator) -> Tensor:
     table: Any = watch.tables[0] if watch.tables else None
     if vocabulary is None and table is None:
         raise DataError(f"the example holds {example.dtype} and no embedding reads it: give vocabulary=, the number of values an input has")
