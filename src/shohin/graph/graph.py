@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,7 +20,7 @@ from shohin.graph.labels.core import Array, Labels, compress
 from shohin.graph.labels.walk import propagate
 from shohin.graph.memory import Memory, memory
 from shohin.graph.operators import Extents, edges, macs_of, operators
-from shohin.graph.regions import Region, find_regions
+from shohin.graph.regions import Region, find_layers, find_regions, outermost
 from shohin.graph.units import Structure, UnitGroup, find_groups
 from shohin.plan import Plan
 from shohin.program import Program
@@ -37,7 +37,8 @@ class Graph:
         constants: node names of tensors that the forward makes from no input and no weight; these are sliced where they are used.
         label_count: labels are below this number.
         groups: width decisions.
-        regions: what can be skipped.
+        regions: what can be skipped: the smallest regions, among which a planner chooses.
+        layers: larger ones that are modules (a whole layer of a transformer): a plan can skip them too.
         frozen: what cannot be chosen, and why.
         costs: operations that cost time.
         edges: the tensors between these.
@@ -53,6 +54,7 @@ class Graph:
     costs: tuple[Operator, ...] = ()
     edges: tuple[Edge, ...] = ()
     constants: frozenset[str] = frozenset()
+    layers: tuple[Region, ...] = ()
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -67,11 +69,20 @@ class Graph:
         return found
 
     def region(self, name: str) -> Region:
-        """The region of that name. Raises KeyError."""
-        found = next((r for r in self.regions if r.name == name), None)
+        """The region or layer of that name. Raises KeyError."""
+        found = next((r for r in (*self.regions, *self.layers) if r.name == name), None)
         if found is None:
-            raise KeyError(f"the model has no region {name!r}{closest(name, [r.name for r in self.regions])}")
+            raise KeyError(f"the model has no region {name!r}{closest(name, self.skippable)}")
         return found
+
+    @property
+    def skippable(self) -> tuple[str, ...]:
+        """Names of the regions and layers."""
+        return tuple(r.name for r in (*self.regions, *self.layers))
+
+    def skipped(self, skips: Iterable[str]) -> list[Region]:
+        """The regions of these names without those that lie in another of them. Raises KeyError."""
+        return outermost(self.region(name) for name in skips)
 
     def kept(self, plan: Plan) -> dict[str, int]:
         """Group name -> number of units that the plan keeps."""
@@ -91,7 +102,8 @@ class Graph:
     def macs(self, plan: Plan | None = None) -> float:
         """Multiply-accumulates of one sample, with the plan applied."""
         plan = plan or Plan(self.program.fingerprint)
-        return macs_of(self.costs, self.kept(plan), frozenset(plan.skips))
+        gone = {self.program.origins[n].address for r in self.skipped(plan.skips) for n in r.nodes}
+        return macs_of([op for op in self.costs if op.address not in gone], self.kept(plan))
 
     def memory(self, plan: Plan | None = None, **how: Any) -> Memory:
         """Memory of the activations through a plan: see `shohin.graph.memory.memory` for ``how``."""
@@ -177,8 +189,10 @@ def _understand(program: Program) -> Graph:
     count = context.classes.count
     single = {name: v for name, v in labels.items() if isinstance(v, Labels)}
     regions = find_regions(program, single)
+    layers = find_layers(program, single, regions)
     frozen = tuple(dict.fromkeys(context.frozen))
-    return with_costs(Graph(program, labels, planes, count, tuple(groups), tuple(regions), frozen, constants=frozenset(constants)))
+    graph = Graph(program, labels, planes, count, tuple(groups), tuple(regions), frozen)
+    return with_costs(replace(graph, constants=frozenset(constants), layers=tuple(layers)))
 
 
 def with_costs(graph: Graph) -> Graph:

@@ -187,7 +187,7 @@ def _owners(graph: Graph, skipped: Collection[str]) -> dict[fx.Node, list[Key]]:
     """The memory that each tensor of a node lies in; none for constants and parts of the model."""
     program, steps, gone = graph.program, set(_steps(graph, ())), _gone(graph, skipped)
     by_name = {n.name: n for n in program.graph.nodes}
-    through = {graph.region(name).output: by_name[graph.region(name).input] for name in skipped}
+    through = {r.output: by_name[r.input] for r in graph.skipped(skipped)}
     out: dict[fx.Node, list[Key]] = {}
     for node in program.graph.nodes:
         if node.name in program.inputs and isinstance(node.meta.get("val"), Tensor):

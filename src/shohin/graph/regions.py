@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import fx
 
 from shohin.graph.labels.core import Labels
@@ -15,6 +16,8 @@ CONTRACTIONS = frozenset(
     ["conv1d", "conv2d", "conv3d", "linear", "matmul", "bmm", "mm", "scaled_dot_product_attention", "conv_transpose1d", "conv_transpose2d"]
 )
 PASSING = frozenset(["add", "add_", "relu", "dropout", "clone", "contiguous", "detach", "alias", "relu6", "hardtanh", "gelu", "silu"])
+#: what a layer's skip connection may run through besides (normalization after the addition, as in the first transformers)
+NORMALIZING = frozenset(["layer_norm", "rms_norm", "batch_norm", "group_norm"])
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,40 @@ def find_regions(program: Program, labels: Mapping[str, Labels]) -> list[Region]
     smallest = [r for r in found if not any(o.nodes < r.nodes for o in found)]
     chains = [r for r in modules if not r.residual and _single(program, r) and not any(r.nodes & o.nodes for o in smallest)]
     smallest += [r for r in chains if not any(o.nodes < r.nodes for o in chains)]
+    return _ordered(program, smallest)
+
+
+def find_layers(program: Program, labels: Mapping[str, Labels], regions: Sequence[Region]) -> list[Region]:
+    """Modules that can be skipped as a whole and do more than any of ``regions``: the layers of a transformer, in program order.
+
+    A skip connection leads through them, perhaps through normalizations; what they read besides their input (a mask) is not read
+    when they are skipped. A module that only runs such modules one after the other is no choice of its own.
+    """
+    candidates: dict[frozenset[str], Region] = {}
+    known = [_work(program, r.nodes) for r in regions]
+    for path, nodes in _modules(program).items():
+        region = _region(program, labels, path, nodes, module=path, layer=True)
+        if region and not any(_work(program, region.nodes) <= work for work in known):
+            candidates[region.nodes] = region  # of a module and a list that holds it alone, the module, which comes later
+    smaller = [*candidates.values(), *(r for r in regions if r.residual and r.module is not None)]
+    return _ordered(program, [r for r in candidates.values() if not _only_holds(program, r, smaller)])
+
+
+def outermost(regions: Iterable[Region]) -> list[Region]:
+    """The regions that lie in no other of them: what lies in a skipped region is skipped with it."""
+    known = list(regions)
+    return [r for r in known if not any(r.nodes < o.nodes for o in known)]
+
+
+def _only_holds(program: Program, region: Region, others: Sequence[Region]) -> bool:
+    """True if all contractions of a region are those of smaller ones."""
+    inner = [o.nodes for o in others if o.nodes < region.nodes]
+    return bool(inner) and _same_work(program, region.nodes, frozenset().union(*inner))
+
+
+def _ordered(program: Program, regions: list[Region]) -> list[Region]:
     order = {n.name: i for i, n in enumerate(program.graph.nodes)}
-    return sorted(smallest, key=lambda r: order[r.output])
+    return sorted(regions, key=lambda r: order[r.output])
 
 
 def _single(program: Program, region: Region) -> bool:
@@ -62,7 +97,8 @@ def _single(program: Program, region: Region) -> bool:
     return all(u.name in region.nodes or family_or_none(u) == "sym_size" for u in entry.users)
 
 
-def _module_regions(program: Program, labels: Mapping[str, Labels]) -> list[Region]:
+def _modules(program: Program) -> dict[str, list[fx.Node]]:
+    """Path of a module, or of what holds modules -> the operations inside."""
     paths: dict[str, list[fx.Node]] = {}
     for node in program.graph.nodes:
         if node.op == "call_function":
@@ -71,8 +107,12 @@ def _module_regions(program: Program, labels: Mapping[str, Labels]) -> list[Regi
                 path = ".".join(parts[:depth])
                 if path:
                     paths.setdefault(path, []).append(node)
+    return paths
+
+
+def _module_regions(program: Program, labels: Mapping[str, Labels]) -> list[Region]:
     regions = []
-    for path, nodes in paths.items():
+    for path, nodes in _modules(program).items():
         region = _region(program, labels, path, nodes, module=path)
         if region:
             regions.append(region)
@@ -113,7 +153,9 @@ def _between(start: fx.Node, end: fx.Node) -> list[fx.Node]:
     return list(forward) if end in forward else []
 
 
-def _region(program: Program, labels: Mapping[str, Labels], name: str, nodes: list[fx.Node], module: str | None) -> Region | None:
+def _region(
+    program: Program, labels: Mapping[str, Labels], name: str, nodes: list[fx.Node], module: str | None, layer: bool = False
+) -> Region | None:
     inside = set(nodes)
     if not any(family(n) in CONTRACTIONS for n in inside):
         return None
@@ -121,14 +163,26 @@ def _region(program: Program, labels: Mapping[str, Labels], name: str, nodes: li
         i for n in inside for i in n.all_input_nodes if i not in inside and i.name not in program.names and family_or_none(i) != "sym_size"
     }
     exits = {n for n in inside if any(u not in inside and family_or_none(u) != "sym_size" for u in n.users)}
-    if len(entries) != 1 or len(exits) != 1:
+    if layer:  # sizes that export computes once may be read by later layers: they stay
+        exits = {n for n in exits if not isinstance(n.meta.get("val"), (int, torch.SymInt))}
+    if len(exits) != 1:
         return None
-    entry, output = entries.pop(), exits.pop()
+    output = exits.pop()
+    if layer:
+        entries = {e for e in entries if _alike(labels, e, output) and _passes(e, output, inside, PASSING | NORMALIZING)}
+    if len(entries) != 1:
+        return None
+    entry = entries.pop()
     a, b = labels.get(entry.name), labels.get(output.name)
-    residual = _passes(entry, output, inside)
+    residual = layer or _passes(entry, output, inside)
     if a is None or b is None or a.shape != b.shape or (residual and not _equal(a, b)):
         return None
     return Region(name, entry.name, output.name, frozenset(n.name for n in inside), module, residual)
+
+
+def _alike(labels: Mapping[str, Labels], entry: fx.Node, output: fx.Node) -> bool:
+    a, b = labels.get(entry.name), labels.get(output.name)
+    return a is not None and b is not None and a.shape == b.shape and _equal(a, b)
 
 
 def _equal(a: Labels, b: Labels) -> bool:
@@ -141,22 +195,25 @@ def family_or_none(node: fx.Node) -> str:
     return family(node) if node.op == "call_function" else ""
 
 
-def _passes(entry: fx.Node, output: fx.Node, inside: set[fx.Node]) -> bool:
+def _passes(entry: fx.Node, output: fx.Node, inside: set[fx.Node], through: frozenset[str] = PASSING) -> bool:
     seen, stack = set(), [entry]
     while stack:
         n = stack.pop()
         if n is output:
             return True
         for user in n.users:
-            if user in inside and user not in seen and family(user) in PASSING:
+            if user in inside and user not in seen and family(user) in through:
                 seen.add(user)
                 stack.append(user)
     return False
 
 
 def _same_work(program: Program, a: frozenset[str], b: frozenset[str]) -> bool:
-    work = [frozenset(n for n in nodes if _is_work(program, n)) for nodes in (a, b)]
-    return work[0] == work[1]
+    return _work(program, a) == _work(program, b)
+
+
+def _work(program: Program, nodes: frozenset[str]) -> frozenset[str]:
+    return frozenset(n for n in nodes if _is_work(program, n))
 
 
 def _is_work(program: Program, name: str) -> bool:

@@ -57,8 +57,8 @@ class Parts:
 
     @property
     def regions(self) -> tuple[str, ...]:
-        """Names of the regions of all parts, with the part's path in front."""
-        return tuple(_join(path, region.name) for path, graph in self.graphs.items() for region in graph.regions)
+        """Names of the regions and layers of all parts, with the part's path in front."""
+        return tuple(_join(path, name) for path, graph in self.graphs.items() for name in graph.skippable)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -95,7 +95,7 @@ class Parts:
         if name not in names:
             raise PlanError(f"no part has {name!r}{closest(name, names)}")
         for path, graph in self.graphs.items():
-            for local in (*graph.sizes, *(r.name for r in graph.regions)):
+            for local in (*graph.sizes, *graph.skippable):
                 if _join(path, local) == name:
                     return path, local
         raise PlanError(f"no part has {name!r}")

@@ -34,7 +34,7 @@ def rewrite(graph: Graph, plan: Plan) -> Rewritten:
         CannotRewrite: if an operation cannot follow, with its address and line.
     """
     program = graph.program
-    plan.check(program.fingerprint, graph.sizes, [r.name for r in graph.regions])
+    plan.check(program.fingerprint, graph.sizes, graph.skippable)
     rewritten, failed = attempt(graph, plan)
     if failed:
         raise next(iter(failed.values()))
@@ -48,7 +48,7 @@ def attempt(graph: Graph, plan: Plan) -> tuple[Rewritten, dict[str, CannotRewrit
     failed: dict[str, CannotRewrite] = {}
     kept = _kept_tensors(graph, work.gone, failed)
     result = fx.Graph()
-    skipped = {graph.region(name).output: graph.region(name).input for name in plan.skips}
+    skipped = {r.output: r.input for r in graph.skipped(plan.skips)}
     by_name = {n.name: n for n in program.graph.nodes}
     _check_skips(work, plan, by_name)
     for node in program.graph.nodes:
@@ -91,11 +91,12 @@ def _write_scale(work: Work, scaling: Scaling) -> None:
 
 def _check_skips(work: Work, plan: Plan, by_name: Mapping[str, fx.Node]) -> None:
     """A chain can be skipped only if its input and output keep the same."""
-    for name in plan.skips:
-        region = work.graph.region(name)
+    for region in work.graph.skipped(plan.skips):
         first, second = (work.stays(by_name[n]) for n in (region.input, region.output))
         if first.keys() != second.keys() or any(not np.array_equal(first[d], second[d]) for d in first):
-            raise PlanError(f"the plan skips {name!r}, whose input and output would keep different units: keep the same of both, or all")
+            raise PlanError(
+                f"the plan skips {region.name!r}, whose input and output would keep different units: keep the same of both, or all"
+            )
 
 
 def _take_part(work: Work, node: fx.Node, copy: fx.Node) -> None:

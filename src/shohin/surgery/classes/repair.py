@@ -19,9 +19,9 @@ from shohin.surgery.rewritten import Rewritten
 class Skip(nn.Module):
     """Stands where a skipped module stood: returns its first argument."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The input, unchanged."""
-        return x
+        return args[0] if args else next(iter(kwargs.values()))
 
 
 def repairs(
@@ -48,9 +48,10 @@ def repairs(
         if name not in apart:
             yield f"{where(program, name)} needs more than another integer"
             return
-    for name in plan.skips:
-        if graph.region(name).module is None:
-            yield f"the skipped region {name} is part of a forward, not a module of its own"
+    skipped = graph.skipped(plan.skips)
+    for region in skipped:
+        if region.module is None:
+            yield f"the skipped region {region.name} is part of a forward, not a module of its own"
             return
     solutions = wanted(program, rewritten, apart)
     if isinstance(solutions, str):
@@ -64,9 +65,8 @@ def repairs(
             continue
         attentions.apply(copy, found)
         copy = attentions.swapped_root(copy, found)
-        for name in plan.skips:
-            path = graph.region(name).module or ""
-            parent, _, leaf = path.rpartition(".")
+        for region in skipped:
+            parent, _, leaf = (region.module or "").rpartition(".")
             copy.get_submodule(parent)._modules[leaf] = Skip()
         describe(copy)
         yield copy
