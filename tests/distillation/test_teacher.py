@@ -57,11 +57,12 @@ def test_answers_come_back_from_disk_as_they_were(tmp_path: Path, dtype: torch.d
     first = Teacher(model, names, memory, tmp_path)
     answers = [first(call(seed)) for seed in (0, 1)]
     assert answers[0][0].dtype == dtype and len(answers[0][1]["body.0"]) == 2 and answers[0][1]["total"][0].shape == ()
-    assert (first.hits, first.misses, len(files(tmp_path))) == (0, 2, 2)
+    assert (first.hits, first.misses, len(files(tmp_path))) == (0, 32, 2)
+    assert first.by_sample is False  # a scalar feature is of the whole batch
     second = Teacher(model, names, memory, tmp_path)
     for seed in (1, 0, 1):
         assert same(second(call(seed)), answers[seed])
-    assert (second.hits, second.misses, second.reads) == (3, 0, 2 if memory else 3)
+    assert (second.hits, second.misses, second.reads) == (48, 0, 32 if memory else 48)
     assert {p.suffix for p in tmp_path.glob("*/*")} == {".safetensors"}
 
 
@@ -77,16 +78,15 @@ def test_another_teacher_never_answers(tmp_path: Path) -> None:
     for model, names in [(nudged, ["0"]), (buffered, ["0"]), (other_activation, ["0"]), (other_setting, ["0"]), (network(), ["4"])]:
         expert = Teacher(model, names, folder=tmp_path)
         logits, features = expert(call())
-        assert (expert.hits, expert.misses) == (0, 1)
+        assert (expert.hits, expert.misses) == (0, 16)
         assert torch.equal(logits, model(*call().args).detach()) and list(features) == names
     assert len(list(tmp_path.iterdir())) == 6
     again = Teacher(network().train(), ["0"], folder=tmp_path)  # a mode is no other teacher
     again(call())
-    assert again.hits == 1
-    again(call(n=15))
+    assert again.hits == 16
     with torch.autocast("cpu", torch.bfloat16):
         assert again(call())[0].dtype == torch.bfloat16
-    assert again.misses == 2
+    assert again.misses == 16
 
 
 @pytest.mark.parametrize("harm", ["cut", "flip", "empty", "foreign", "text"])
@@ -102,9 +102,9 @@ def test_a_damaged_file_is_computed_anew(tmp_path: Path, harm: str) -> None:
     expert = Teacher(model, ["0"], folder=tmp_path)
     with pytest.warns(UserWarning, match=r"damaged and computed anew"):
         assert same(expert(call()), expected)
-    assert (expert.hits, expert.misses) == (0, 1)
+    assert (expert.hits, expert.misses) == (0, 16)
     again = Teacher(model, ["0"], folder=tmp_path)
-    assert same(again(call()), expected) and again.reads == 1  # written again
+    assert same(again(call()), expected) and again.reads == 16  # written again
 
 
 def test_the_disk_is_bounded(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_a_folder_that_cannot_be_made_is_an_error_and_odd_batches_are_computed(t
     expert = Teacher(Odd(6, 4), folder=tmp_path)
     for _ in range(2):
         expert(Call(call().args, {"how": object()}, None, None))
-    assert (expert.hits, expert.misses, files(tmp_path)) == (0, 2, [])
+    assert (expert.hits, expert.misses, files(tmp_path)) == (0, 32, [])
 
 
 def test_answers_can_stand_in_a_graph_and_the_model_can_be_trained_afterwards() -> None:
@@ -196,12 +196,12 @@ def test_a_faster_form_that_agrees_answers(tmp_path: Path) -> None:
         logits, features = expert(call(seed))
         assert logits.dtype == torch.float32 and features == {}
         torch.testing.assert_close(logits, quick.model(*call(seed).args).detach() * (1 + 1e-4))
-    assert len(runs) == 1 and quick.calls == 3
+    assert len(runs) == 1 and quick.calls == 4 and expert.by_sample  # one call tries a part of the first batch
     plain = Teacher(model, folder=tmp_path)
     plain(call())
-    assert plain.misses == 1  # answers of a faster form are another teacher's
+    assert plain.misses == 16  # answers of a faster form are another teacher's
     watched = Teacher(model, ["0"], lowered=quick)
-    assert torch.equal(watched(call())[1]["0"][0], model[0](*call().args)) and quick.calls == 3
+    assert torch.equal(watched(call())[1]["0"][0], model[0](*call().args)) and quick.calls == 4
 
 
 @pytest.mark.parametrize("error,said", [(2e-3, "differs from it by 0.002"), (float("nan"), "differs from it by nan")])
@@ -244,7 +244,7 @@ def test_a_session_of_onnx_runtime_teaches(tmp_path: Path) -> None:
     expert = Teacher(model, lowered=lowered)
     for seed, n in ((0, 16), (1, 5)):
         torch.testing.assert_close(expert(call(seed, n))[0], model(*call(seed, n).args).detach())
-    assert runs == [16, 5] and expert.lowered is not None
+    assert runs == [16, 8, 5] and expert.lowered is not None and expert.by_sample
 
 
 def test_a_student_trained_from_the_disk_is_the_same_to_the_bit(tmp_path: Path) -> None:
@@ -254,5 +254,5 @@ def test_a_student_trained_from_the_disk_is_the_same_to_the_bit(tmp_path: Path) 
         student, expert = network(1), Teacher(network(), cache_bytes=0, folder=folder)
         distill(student, expert, data, config=config)
         states.append((copy_state(student), expert.misses))
-    assert [misses for _, misses in states][1:] == [4, 0] and states[0][1] > 4
+    assert [misses for _, misses in states][1:] == [64, 0] and states[0][1] > 64
     assert all(torch.equal(t, s[n]) for s, _ in states[1:] for n, t in states[0][0].items())
