@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -27,6 +27,10 @@ from shohin.surgery import Parts, understand_parts
 from shohin.surgery import understand as _understand
 from shohin.targets import Target, get_target
 from shohin.training.randomness import generators_of, isolated, mix, seed_everything
+
+if TYPE_CHECKING:
+    from shohin.distillation import Teacher
+    from shohin.training import TrainConfig
 
 #: graphs of models that `understand` has seen, so that `cut(model, plan)` needs no example again
 _GRAPHS: weakref.WeakKeyDictionary[nn.Module, Graph | Parts] = weakref.WeakKeyDictionary()
@@ -289,26 +293,29 @@ def quantize(
 
 def distill(
     student: nn.Module,
-    teacher: nn.Module | Sequence[nn.Module],
+    teacher: nn.Module | Sequence[nn.Module] | Teacher,
     data: Data,
     losses: Sequence[str] | None = None,
     epochs: int = 5,
     *,
+    config: TrainConfig | None = None,
     seed: int = 0,
 ) -> Candidate:
     """A copy of ``student``, trained to answer as ``teacher`` does; labels are used if there are any.
 
     Args:
-        teacher: a model, or several whose probabilities are averaged.
+        teacher: a model, several whose probabilities are averaged, or a `shohin.distillation.Teacher` that keeps its answers on disk
+            or runs in a faster form.
         losses: the name of one loss between answers (see `shohin.distillation.Mix`), and "features" to follow the teacher's features
             too, matched by what one tells of the other (`shohin.distillation.match`); default ("kd",).
         epochs: passes over ``data.train``.
+        config: how to train, instead of ``epochs`` and ``seed``; see `shohin.training.TrainConfig`.
 
     Raises:
         DataError: for an unknown loss or batches that cannot be used.
         ModelError: if no feature of the student matches one of the teacher.
     """
-    from shohin.distillation import Ensemble, FeatureTap, match
+    from shohin.distillation import Ensemble, FeatureTap, Teacher, match
     from shohin.distillation import distill as distill_
     from shohin.training import TrainConfig
 
@@ -317,14 +324,19 @@ def distill(
     if len(answers) != 1:
         raise DataError(f"one loss between answers at a time; got {answers}")
     own = copy.deepcopy(student)
-    whose = teacher if isinstance(teacher, nn.Module) else Ensemble(teacher)
-    with _seeded(_checked(data), seed):
-        taps: tuple[FeatureTap, ...] = match(own, whose, list(data.calls("train", limit=128))) if "features" in names else ()
+    whose = teacher if isinstance(teacher, (nn.Module, Teacher)) else Ensemble(teacher)
+    config = config or TrainConfig(epochs=epochs, seed=seed)
+    with _seeded(_checked(data), config.seed):
+        taps: tuple[FeatureTap, ...] = ()
+        if "features" in names:
+            model = whose.model if isinstance(whose, Teacher) else whose
+            taps = match(own, model, list(data.calls("train", limit=128)))
+            whose = Teacher(model, [tap.teacher_module for tap in taps]) if isinstance(whose, Teacher) else whose
         result = distill_(
             own,
             whose,
             data,
-            config=TrainConfig(epochs=epochs, seed=seed),
+            config=config,
             loss=answers[0],
             alpha=0.2 if data.has_labels else 0.0,
             feature_weight=0.2 if taps else 0.0,

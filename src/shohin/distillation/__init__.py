@@ -1,16 +1,20 @@
 """Distillation: losses, pairs of any teacher and any student, and the training of a student."""
 
 from shohin.distillation import losses
+from shohin.distillation.dot import Dot
 from shohin.distillation.ensemble import Ensemble, assistants, born_again
 from shohin.distillation.features import FeatureTap, feature_loss, recorded
 from shohin.distillation.generate import generate, statistics_distance
 from shohin.distillation.loss import Loss, Mix
 from shohin.distillation.matching import cka, match
+from shohin.distillation.onpolicy import Continuation, continuations, on_policy_objective
 from shohin.distillation.teacher import Teacher
 from shohin.distillation.transfer import RECOVERY, distill, distillation_objective, divergence
 
 __all__ = [
     "RECOVERY",
+    "Continuation",
+    "Dot",
     "Ensemble",
     "FeatureTap",
     "Loss",
@@ -19,6 +23,7 @@ __all__ = [
     "assistants",
     "born_again",
     "cka",
+    "continuations",
     "distill",
     "distillation_objective",
     "divergence",
@@ -26,6 +31,7 @@ __all__ = [
     "generate",
     "losses",
     "match",
+    "on_policy_objective",
     "recorded",
     "statistics_distance",
 ]

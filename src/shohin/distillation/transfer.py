@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from shohin.data import Call, Data, first_output
 from shohin.distillation.adapters import Adapted, adapters_for
+from shohin.distillation.dot import make_dot, two_losses
 from shohin.distillation.features import FeatureTap, check_taps, recorded
 from shohin.distillation.loss import Between, Mix, watches
 from shohin.distillation.losses import kd
@@ -23,17 +24,20 @@ RECOVERY = TrainConfig(epochs=5, lr=2e-3, weight_decay=1e-4, warmup=0.1, clip=5.
 """A short recovery of a cut network on a CPU: AdamW, cosine."""
 
 
-def distillation_objective(teacher: nn.Module | Teacher, *, mix: Mix | None = None, **fields: Any) -> Objective:
+def distillation_objective(teacher: nn.Module | Teacher, *, mix: Mix | None = None, apart: bool = False, **fields: Any) -> Objective:
     """A `Mix` as an objective of `shohin.training.train`.
 
     Args:
         teacher: the model to learn from (its answers are remembered, see `Teacher`), or a `Teacher`.
         mix: see there; its fields can be given as keywords instead.
+        apart: the loss has shape ``[2]`` (task, teacher), for `Dot`; needs 0 < ``alpha`` < 1.
 
     Raises:
         DataError: if the weights contradict each other.
     """
     mix = Mix.of(mix, fields)
+    if apart and not 0 < mix.alpha < 1:
+        raise DataError(f"the losses of the task and of the teacher apart (for Dot) need 0 < alpha < 1; got alpha={mix.alpha}")
     used = mix.used
     expert = teacher if isinstance(teacher, Teacher) else Teacher(teacher, [tap.teacher_module for tap in used])
     checked: set[int] = set()
@@ -45,7 +49,8 @@ def distillation_objective(teacher: nn.Module | Teacher, *, mix: Mix | None = No
             checked.add(id(student))
         with recorded(student, [tap.module for tap in used]) as features:
             outputs = student(*call.args, **call.kwargs)
-        return mix(outputs, features, call, expert, model.by_name() if isinstance(model, Adapted) else {})
+        adapters = model.by_name() if isinstance(model, Adapted) else {}
+        return two_losses(mix, outputs, features, call, expert, adapters) if apart else mix(outputs, features, call, expert, adapters)
 
     return objective
 
@@ -61,6 +66,7 @@ def distill(
     alpha: float = 0.0,
     feature_weight: float = 0.0,
     taps: Sequence[FeatureTap] = (),
+    dot: float | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     lower_is_better: bool | None = None,
     checkpoint: Path | None = None,
@@ -77,6 +83,8 @@ def distill(
         config: default `RECOVERY`.
         loss, temperature, alpha, feature_weight, taps: see `Mix`. Taps whose features differ in width get adapters, which train along
             and are gone afterwards.
+        dot: ``delta`` of `Dot`: the teacher's gradient takes ``config.momentum + dot``, the task's ``config.momentum - dot``, for two
+            backward passes a step. Needs a ``config`` with SGD, and 0 < ``alpha`` < 1.
         evaluate, lower_is_better: default the quality of ``data`` if it has a metric or integer targets; otherwise the
             student's `divergence` from the teacher on validation, smaller being better.
         checkpoint, deadline, progress, training: see `shohin.training.train`.
@@ -105,11 +113,15 @@ def distill(
             def evaluate(model: nn.Module) -> float:
                 return divergence(model, watcher, data)
 
+    if dot is not None:
+        if training.get("optimizer") is not None:
+            raise DataError("give dot=..., which is an optimizer, or optimizer=..., not both")
+        training["optimizer"] = make_dot(config, dot, learner is not student)
     judge = evaluate
     result = train(
         learner,
         data,
-        distillation_objective(expert, mix=mix),
+        distillation_objective(expert, mix=mix, apart=dot is not None),
         config,
         checkpoint=checkpoint,
         evaluate=lambda m: judge(m.student if isinstance(m, Adapted) else m),

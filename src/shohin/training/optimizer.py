@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,58 @@ from shohin.training.config import TrainConfig
 Named = list[tuple[str, nn.Parameter]]
 MakeOptimizer = Callable[[Named], torch.optim.Optimizer]
 """``make([(name, parameter), ...]) -> optimizer``; torch's optimizers take such a list as it is."""
+
+
+class Apart(torch.optim.Optimizer):
+    """An optimizer that needs the gradient of one part of the loss apart from that of the whole.
+
+    ``p.grad`` holds the gradient of the whole, as ever; ``part[p]`` that of the part. What is done linearly to the one (a mean over
+    batches, a sum over processes, clipping) must be done to the other, see `aside`. For the training loop, the objective of such an
+    optimizer returns a loss of shape ``[2]``: what `backward` takes.
+    """
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        super().__init__(params, defaults)
+        self.part: dict[Tensor, Tensor] = {}
+
+    def backward(self, rest: Tensor, part: Tensor) -> None:
+        """Adds the gradients of ``rest + part`` and of ``part`` (scalars) to those held: two passes through one graph."""
+        self.part = {p: gradient for p, gradient in self.part.items() if p.grad is not None}
+        if part.requires_grad:
+            own = self._own()
+            with self.aside(own):
+                part.backward(retain_graph=True, inputs=own)  # type: ignore[no-untyped-call]
+        (rest + part).backward()  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def aside(self, parameters: Iterable[Tensor]) -> Iterator[None]:
+        """Inside, ``p.grad`` of the ``parameters`` is the gradient of the part, and what becomes of it is kept as such."""
+        whole = [(p, p.grad) for p in parameters]
+        for p, _ in whole:
+            p.grad = self.part.pop(p, None)
+        try:
+            yield
+        finally:
+            for p, gradient in whole:
+                if p.grad is not None:
+                    self.part[p] = p.grad
+                p.grad = gradient
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets both gradients."""
+        self.part.clear()
+        super().zero_grad(set_to_none)
+
+    def _own(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+
+
+def backward(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """The backward pass that an optimizer needs."""
+    if isinstance(optimizer, Apart):
+        optimizer.backward(*loss.unbind())
+    else:
+        loss.backward()  # type: ignore[no-untyped-call]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -17,6 +17,7 @@ from shohin.errors import DataError
 from shohin.training.config import Objective, TrainConfig
 from shohin.training.distributed import sum_gradients
 from shohin.training.ema import Ema
+from shohin.training.optimizer import Apart, backward
 from shohin.training.precision import autocast, make_scaler
 from shohin.training.schedule import Schedule, learning_rate, progress_of
 
@@ -87,6 +88,11 @@ class Stepper:
         self.device = next(iter(parameters.values())).device
         self.scaler = make_scaler(config, parameters, self.device)
         self.peaks = [float(group["lr"]) for group in optimizer.param_groups]
+        self.apart = optimizer if isinstance(optimizer, Apart) else None
+        if self.apart is not None and self.scaler is not None:
+            raise DataError(
+                f"{type(optimizer).__name__} holds two gradients, of which float16's loss scaling knows one; use precision='bfloat16'"
+            )
 
     def rates(self, epoch: int, step: int, steps: int | None) -> list[float]:
         """The learning rate of each parameter group at a step of an epoch; arguments as in `learning_rate`."""
@@ -116,11 +122,12 @@ class Stepper:
             unit = unit or size
             with autocast(self.config, self.device):
                 value, parts = self.objective(self.model, call, generator)
+            self._shaped(value)
             self._finite(value, parts, place, batch)
             share = value if size == unit else value * (size / unit)
             share = share if self.scaler is None else self.scaler.scale(share)
-            share.backward()  # type: ignore[no-untyped-call]
-            loss += float(value.detach()) * size
+            backward(self.optimizer, share)
+            loss += float(value.detach().sum() if self.apart is not None else value.detach()) * size
             terms.update({name: part * size for name, part in parts.items()})
             samples, last = samples + size, batch
         if not samples:
@@ -144,19 +151,23 @@ class Stepper:
         Raises:
             DataError: if a gradient is NaN or Inf.
         """
-        if group.unit != samples:
-            for p in self.parameters.values():
-                if p.grad is not None:
-                    p.grad.mul_(group.unit / samples)
-        sum_gradients(self.parameters, held)
+        for _ in self._each():
+            if group.unit != samples:
+                for p in self.parameters.values():
+                    if p.grad is not None:
+                        p.grad.mul_(group.unit / samples)
+            sum_gradients(self.parameters, held)
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-        norm = torch.nn.utils.get_total_norm(list(gradients.values()))
-        if not math.isfinite(float(norm)) and (self.scaler is None or self.scaler.get_scale() <= _SMALLEST_SCALE):
-            self._bad_gradient(gradients, group, place)
+        norms: list[Tensor] = []
+        for _ in self._each():
+            gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+            norms.append(torch.nn.utils.get_total_norm(list(gradients.values())))
+            if not math.isfinite(float(norms[-1])) and (self.scaler is None or self.scaler.get_scale() <= _SMALLEST_SCALE):
+                self._bad_gradient(gradients, group, place)
         if self.config.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.config.clip, norm)
+            for _ in self._each():
+                torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.config.clip, norms[0])
         for parameters, rate in zip(self.optimizer.param_groups, rates, strict=True):
             if isinstance(parameters["lr"], Tensor):
                 parameters["lr"].fill_(rate)
@@ -170,8 +181,22 @@ class Stepper:
         if self.ema is not None:
             self.ema.update(self.model, place.step)
 
+    def _each(self) -> Iterator[None]:
+        """Once for the gradients of the loss, and once more, in their place, for those that the optimizer keeps of a part of it."""
+        yield
+        if self.apart is not None:
+            with self.apart.aside(self.parameters.values()):
+                yield
+
+    def _shaped(self, loss: Tensor) -> None:
+        if self.apart is not None and loss.shape != (2,):
+            raise DataError(
+                f"{type(self.apart).__name__} takes the gradients of two losses apart: the objective must return both, a loss of shape [2]; "
+                f"got {tuple(loss.shape)}. In distillation: distill(..., dot=...) or distillation_objective(..., apart=True)"
+            )
+
     def _finite(self, loss: Tensor, terms: Mapping[str, float], place: Place, batch: int) -> None:
-        value = float(loss.detach())
+        value = float(loss.detach().sum() if self.apart is not None else loss.detach())
         if math.isfinite(value):
             return
         bad = [f"{name}={v}" for name, v in terms.items() if not math.isfinite(v)] or ["the total"]
