@@ -1,6 +1,6 @@
 # make demo: the main job on real data.  make test: everything that must hold.  make sweep: many known architectures, cut and
-# compared (hours; goes on where it stopped).  make benchmark-understand: beside Torch-Pruning (an hour; likewise).  All set up .venv
-# on first use.
+# compared (hours; goes on where it stopped).  make benchmark-understand: beside Torch-Pruning (an hour; likewise).  make
+# benchmark-distillation: beside torchdistill and ModelOpt (hours; likewise).  All set up .venv on first use.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test sweep benchmark-understand lint format setup clean
+.PHONY: demo test sweep benchmark-understand benchmark-distillation lint format setup clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -23,6 +23,9 @@ sweep: setup
 
 benchmark-understand: setup $(VENV)/.understand
 	$(ONE_THREAD) $(BIN)/python benchmarks/understand.py $(UNDERSTAND)
+
+benchmark-distillation: setup .venv-torchdistill/.installed .venv-modelopt/.installed
+	$(ONE_THREAD) $(BIN)/python benchmarks/distillation.py $(DISTILLATION)
 
 lint: setup
 	$(BIN)/ruff check
@@ -63,6 +66,14 @@ $(VENV)/.understand: benchmarks/understanding/requirements.txt $(VENV)/.installe
 	$(PIP) install --no-deps --requirement benchmarks/understanding/requirements.txt
 	@touch $@
 
+# a peer whose dependencies would displace ours, in an environment of its own: everything pinned, without dependencies
+.venv-%/.installed: benchmarks/peers/%.txt examples/requirements.txt constraints.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip -qq --disable-pip-version-check install --no-deps --constraint constraints.txt --requirement $< \
+	  --requirement examples/requirements.txt
+	.venv-$*/bin/python -m pip -qq --disable-pip-version-check install --no-deps --editable .
+	@touch $@
+
 # some tests open the report in a browser; they are skipped, and say so, where none can be had
 $(VENV)/.browser: | $(BIN)/python
 	@if ! command -v chromium >/dev/null && ! command -v google-chrome >/dev/null && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
@@ -74,4 +85,4 @@ $(VENV)/.browser: | $(BIN)/python
 	@touch $@
 
 clean:
-	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-* dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

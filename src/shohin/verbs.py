@@ -299,6 +299,7 @@ def distill(
     epochs: int = 5,
     *,
     config: TrainConfig | None = None,
+    inherit: bool = True,
     seed: int = 0,
 ) -> Candidate:
     """A copy of ``student``, trained to answer as ``teacher`` does; labels are used if there are any.
@@ -310,6 +311,9 @@ def distill(
             too, matched by what one tells of the other (`shohin.distillation.match`); default ("kd",).
         epochs: passes over ``data.train``.
         config: how to train, instead of ``epochs`` and ``seed``; see `shohin.training.TrainConfig`.
+        inherit: begin with the teacher's weights where a plan makes the student's architecture out of the teacher's (the same modules,
+            fewer channels, heads or layers), unless the student's own already answer more like the teacher. The candidate's ``.plan``
+            is that plan.
 
     Raises:
         DataError: for an unknown loss or batches that cannot be used.
@@ -317,6 +321,7 @@ def distill(
     """
     from shohin.distillation import Ensemble, FeatureTap, Teacher, match
     from shohin.distillation import distill as distill_
+    from shohin.pipeline.inherit import inherit as inherit_
     from shohin.training import TrainConfig
 
     names = tuple(losses or ("kd",))
@@ -327,9 +332,10 @@ def distill(
     whose = teacher if isinstance(teacher, (nn.Module, Teacher)) else Ensemble(teacher)
     config = config or TrainConfig(epochs=epochs, seed=seed)
     with _seeded(_checked(data), config.seed):
+        model = whose.model if isinstance(whose, Teacher) else whose
+        plan = inherit_(own, model, data, _calibration(data, config.seed), config.seed) if inherit else None
         taps: tuple[FeatureTap, ...] = ()
         if "features" in names:
-            model = whose.model if isinstance(whose, Teacher) else whose
             taps = match(own, model, list(data.calls("train", limit=128)))
             whose = Teacher(model, [tap.teacher_module for tap in taps]) if isinstance(whose, Teacher) else whose
         result = distill_(
@@ -343,7 +349,7 @@ def distill(
             taps=taps,
         )
     quality = Measurement(result.best_quality, "measured: validation, in torch") if result.best_quality is not None else None
-    return Candidate("distilled", Plan(""), own, metrics=Metrics(quality=quality), notes={"training": result.to_json()})
+    return Candidate("distilled", plan or Plan(""), own, metrics=Metrics(quality=quality), notes={"training": result.to_json()})
 
 
 def search(

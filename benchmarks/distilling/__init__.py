@@ -1,0 +1,1 @@
+"""Distillation beside its peers: equal students, batches and steps."""

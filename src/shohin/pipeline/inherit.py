@@ -1,0 +1,106 @@
+"""A student that a plan can make out of its teacher begins with the teacher's weights instead of random ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from shohin.data import Call, Data, first_output
+from shohin.errors import DataError, ShohinError
+from shohin.graph import Graph
+from shohin.graph.regions import Region
+from shohin.pipeline.job import load_tensors, own_tensors
+from shohin.plan import Plan
+from shohin.planning.loss import kept_units
+from shohin.pruning.layerwise import refit
+from shohin.pruning.saliency import group_saliency
+from shohin.surgery import cut_sharing_values, understand
+from shohin.training.state import training_modes
+
+Shapes = Mapping[str, torch.Size]
+
+
+def inherit(student: nn.Module, teacher: nn.Module, data: Data, calls: Sequence[Call], seed: int = 0) -> Plan | None:
+    """Gives ``student`` its teacher's weights through the plan that makes its architecture out of the teacher's, where there is one
+    and it then answers more like the teacher than it did.
+
+    The most salient units stay (`shohin.pruning.saliency`), and every layer is refitted to what it gave in the teacher
+    (`shohin.pruning.layerwise`); no step of training is done.
+
+    Args:
+        student: changed in place, or left as it is.
+        teacher: left as it is.
+        data: for the loss; ``calls`` of it are looked at.
+
+    Returns:
+        The plan, or None if the student was left as it is: names or shapes fit no plan, or its weights are already closer to the teacher.
+    """
+    wanted = {name: t.shape for name, t in student.state_dict().items()}
+    if not wanted.keys() <= teacher.state_dict().keys():
+        return None
+    try:
+        graph = understand(teacher, data.example())
+        counts, skips = choices(graph, wanted)
+        if not counts and not skips:
+            return None
+        saliency = group_saliency(graph, data, list(calls), seed=seed)
+        widths = {name: kept_units(saliency[name].tolist(), count) for name, count in counts.items()}
+        plan = Plan(graph.program.fingerprint, widths, skips)
+        made = cut_sharing_values(teacher, graph, plan)
+        start = made.rewritten.sliced()
+        start.update(own_tensors(made.model, start))
+        load_tensors(made.model, refit(graph, plan, made.rewritten, start, calls, seed=seed))
+        state = made.model.state_dict()
+        if {name: t.shape for name, t in state.items()} != wanted:
+            return None
+    except DataError:
+        raise
+    except (ShohinError, RuntimeError):
+        return None  # no such plan
+    heir = copy.deepcopy(student)
+    heir.load_state_dict(state)
+    if distance(heir, teacher, calls) >= distance(student, teacher, calls):
+        return None
+    student.load_state_dict(state)
+    return plan
+
+
+def choices(graph: Graph, wanted: Shapes) -> tuple[dict[str, int], tuple[str, ...]]:
+    """How many units of each group stay, and what is skipped, so that tensors get the shapes ``wanted``.
+
+    Only a proposal where groups share an axis: whether all shapes come out shows when the plan is carried out.
+    """
+    skipped = graph.skipped(r.name for r in (*graph.regions, *graph.layers) if (own := _tensors(graph, r)) and not own & wanted.keys())
+    counts: dict[str, int] = {}
+    for group in graph.groups:
+        for name, axes in group.slices.items():
+            for axis, indices in axes.items():
+                if name in wanted and len(wanted[name]) > axis and group.name not in counts:
+                    gone, by_unit = graph.program.tensors[name].shape[axis] - wanted[name][axis], indices.shape[1]
+                    if gone > 0 and gone % by_unit == 0 and gone // by_unit < group.size:
+                        counts[group.name] = group.size - gone // by_unit
+    return counts, tuple(r.name for r in skipped)
+
+
+def _tensors(graph: Graph, region: Region) -> set[str]:
+    """Names of the tensors that a region reads."""
+    names = graph.program.names
+    nodes = [n for n in graph.program.graph.nodes if n.name in region.nodes]
+    return {names[i.name] for n in nodes for i in n.all_input_nodes if i.name in names}
+
+
+def distance(student: nn.Module, teacher: nn.Module, calls: Sequence[Call]) -> float:
+    """Squared error of the student's first output as a share of the variance of the teacher's; infinite where it is not finite."""
+    with training_modes(student), training_modes(teacher), torch.no_grad():
+        student.eval()
+        teacher.eval()
+        ours, theirs = (torch.cat([_rows(model, call) for call in calls]) for model in (student, teacher))
+    error = (ours - theirs).square().mean() / (theirs - theirs.mean(0)).square().mean()
+    return float(error) if bool(error.isfinite()) else torch.inf
+
+
+def _rows(model: nn.Module, call: Call) -> Tensor:
+    return first_output(model(*call.args, **call.kwargs)).float().flatten(0, -2)
