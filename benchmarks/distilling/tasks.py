@@ -16,11 +16,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import fashion_mnist
-import models
 import shohin
 from fashion_mnist import CACHE, Batches, fashion, views
-from models import ResNet
+from models import Block, ResNet
 from shohin.data import Call
 from shohin.run import write_atomic
 from shohin.training import TrainConfig, train
@@ -73,7 +71,7 @@ def fashion_data(count: int = VIEWS) -> shohin.Data:
 
 def fashion_teacher() -> nn.Module:
     """About 700 thousand parameters; trained once by this file's code, in about fifteen minutes."""
-    code = "".join(inspect.getsource(part) for part in (models, fashion_mnist, task_loss))
+    code = "".join(inspect.getsource(part) for part in (Block, ResNet, fashion, views, Batches, task_loss))
     key = hashlib.sha256(f"{code}{TEACHER}{torch.__version__}".encode()).hexdigest()[:12]
     path = CACHE / f"fashion-teacher-{key}.safetensors"
     torch.manual_seed(0)
