@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import models
+import small_models as models
 from shohin.data import Call
 
 Index = Callable[[int], Sequence[int]]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-import models
 import shohin
+import small_models as models
 from shohin.data import Data
 from shohin.errors import DataError, ModelError, PlanError, RunError, TargetError
 

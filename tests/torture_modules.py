@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import models
+import small_models as models
 from surgery_cases import Case, Consumers, Index, at, block, image, load, same
 
 

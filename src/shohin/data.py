@@ -108,15 +108,17 @@ class Data:
             batches = self.validation
         if batches is None:
             raise DataError(f"Data has no {split} batches; give Data({split}=loader)")
-        seen = 0
+        seen, came = 0, False
         for batch in batches:
+            came = True
             call = self.call(batch)
             yield call
             seen += call.size
             if limit is not None and seen >= limit:
                 return
         if not seen:
-            raise DataError(f"the {split} loader is empty: iterating it gave no batch ({_ONE_PASS})")
+            why = "the first dimension of its batches is 0" if came else f"iterating it gave no batch ({_ONE_PASS})"
+            raise DataError(f"the {split} loader is empty: {why}")
 
     def call(self, batch: Any) -> Call:
         """One batch as a call. Raises DataError for a form that is not known."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import l1_unstructured
 from torch.utils import _pytree as pytree
 
-import models
+import small_models as models
 from shohin.data import Call
 from shohin.errors import DataError
 from shohin.plan import Plan

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import models
+import small_models as models
 from shohin.program import Place, ProgramModule, Source, capture, interpret
 from shohin.program.provenance import Tagged
 from surgery_cases import CASES

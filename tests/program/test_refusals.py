@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import models
+import small_models as models
 from shohin.errors import ModelError
 from shohin.program import ProgramModule, capture
 

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import lively
 from shohin.data import Call
 from shohin.errors import PlanError
 from shohin.graph import Graph
 from shohin.plan import Plan
 from shohin.surgery import cut, understand, view
+from small_models import lively
 from surgery_checks import answers, close
 
 

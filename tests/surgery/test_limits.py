@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import models
+import small_models as models
 from shohin.errors import ModelError, PlanError
 from shohin.plan import Plan
 from shohin.surgery import cut, understand, view

@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import models
+import small_models as models
 from shohin.errors import ModelError
 from shohin.plan import Plan
 from shohin.surgery import cut, understand, view

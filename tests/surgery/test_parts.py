@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import models
+import small_models as models
 from shohin.errors import ModelError, PlanError
 from shohin.plan import Plan
 from shohin.program import ProgramModule

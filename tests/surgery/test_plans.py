@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-import models
+import small_models as models
 from shohin.errors import PlanError
 from shohin.plan import Plan
 from shohin.program import capture

@@ -15,7 +15,7 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import models
+import small_models as models
 from shohin.data import Call
 from shohin.plan import Plan
 from shohin.surgery import cut, understand, view

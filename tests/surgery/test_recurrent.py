@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import models
+import small_models as models
 from shohin.data import Call
 from shohin.plan import Plan
 from shohin.surgery import cut, understand, view

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import models
+import small_models as models
 from shohin.plan import Plan
 from shohin.surgery import cut, understand
 from shohin.surgery.oracle import oracle

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-import models
+import small_models as models
 from shohin.errors import ModelError
 from shohin.graph import Graph
 from shohin.plan import Plan

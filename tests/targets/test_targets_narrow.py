@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import models
+import small_models as models
 from shohin.graph import Graph
 from shohin.pipeline.formats import integer_operations
 from shohin.pipeline.ship import lower_for_timing

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-import models
+import small_models as models
 from shohin.graph import Graph
 from shohin.pipeline.ship import lower_for_timing
 from shohin.pipeline.timing import group_counts, plan_of, program_of, skipped_nodes

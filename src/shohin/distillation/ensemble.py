@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -29,6 +29,9 @@ class Ensemble(nn.Module):
         super().__init__()
         if not teachers:
             raise ModelError("an ensemble needs a teacher")
+        for teacher in teachers if isinstance(teachers, Iterable) and not isinstance(teachers, str) else [teachers]:
+            if not isinstance(teacher, nn.Module):
+                raise ModelError(f"a teacher is a torch.nn.Module, or a sequence of them; got {type(teacher).__name__}")
         if not isinstance(weights, str) and (len(weights) != len(teachers) or min(weights) < 0 or sum(weights) <= 0):
             raise DataError(f"weights must be {len(teachers)} numbers >= 0 that are not all 0; got {list(weights)}")
         if isinstance(weights, str) and weights not in ("equal", "confidence"):
