@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from shohin.run import write_atomic
+
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 RESULTS, TABLE = HERE / "distillation.json", HERE / "distillation.md"
@@ -85,6 +87,22 @@ def key(record: dict[str, Any]) -> Cell:
     return record["task"], record["student"], record["method"], record["seed"]
 
 
+def kept(teachers: dict[str, float] | None = None, *new: dict[str, Any]) -> tuple[dict[str, float], dict[Cell, dict[str, Any]]]:
+    """What the file of results holds, with what is new, which is written there: other processes may write it too."""
+    from distilling.summary import figures, table
+
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"teachers": {}, "runs": []}
+    qualities = {**known["teachers"], **(teachers or {})}
+    records = {key(record): record for record in (*known["runs"], *new)}
+    records = {cell: records[cell] for cell in sorted(records)}
+    if teachers is not None:
+        runs = list(records.values())
+        found = {"teachers": qualities, "figures": figures(runs, qualities), "runs": runs}
+        write_atomic(RESULTS, (json.dumps(found, indent=1) + "\n").encode())
+        write_atomic(TABLE, table(runs, qualities).encode())
+    return qualities, records
+
+
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="distillation", description=__doc__)
@@ -104,11 +122,10 @@ def main() -> int:
     if options.list:
         print("\n".join(" ".join(map(str, cell)) for cell in cells))
         return 0
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"teachers": {}, "runs": []}
-    teachers, records = known["teachers"], {key(record): record for record in known["runs"]}
+    teachers, records = kept()
     for name in dict.fromkeys(cell[0] for cell in cells):
         if name not in teachers:
-            teachers[name] = teacher_quality(name)
+            kept({name: teacher_quality(name)})
     todo = [cell for cell in cells if options.again or cell not in records]
     failed = []
     with ThreadPoolExecutor(options.jobs) as executor:  # its threads only wait for the processes
@@ -118,13 +135,10 @@ def main() -> int:
                 print(*cell, "failed:", record, flush=True)
                 continue
             print(*cell, f"{record['test']:.4f}, {record['seconds']:.0f} s", flush=True)
-            records[cell] = record
-            runs = sorted(records.values(), key=key)
-            found = {"teachers": teachers, "figures": figures(runs, teachers), "runs": runs}
-            RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-            TABLE.write_text(table(runs, teachers))
-    print(table(sorted(records.values(), key=key), teachers))
-    print(json.dumps(figures(sorted(records.values(), key=key), teachers), indent=1))
+            kept({}, record)
+    teachers, records = kept()
+    print(table(list(records.values()), teachers))
+    print(json.dumps(figures(list(records.values()), teachers), indent=1))
     return 1 if failed else 0
 
 

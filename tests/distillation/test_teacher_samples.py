@@ -287,3 +287,12 @@ def test_distillation_over_a_shuffled_loader_asks_the_teacher_once_for_each_samp
         states.append(copy_state(student))
         assert expert.misses == (64 if memory else 3 * 64)
     assert all(torch.allclose(t, states[1][name], atol=1e-5) for name, t in states[0].items())
+
+
+def test_a_module_that_is_named_twice_is_one_feature() -> None:
+    expert = Teacher(network(), ["0", "2", "0"])
+    x = samples(12)
+    once, again = expert(call(x)), expert(call(x[[3, 1, 2]]))
+    assert expert.hits == 3 and set(once[1]) == {"0", "2"}
+    for name in ("0", "2"):
+        torch.testing.assert_close(again[1][name][0], once[1][name][0][[3, 1, 2]])

@@ -61,7 +61,7 @@ class Teacher:
         *,
         disk_bytes: int = 20 << 30,
     ) -> None:
-        self.model, self.names = model, tuple(names)
+        self.model, self.names = model, tuple(dict.fromkeys(names))
         self._infer = Inference(model, self.names, None if self.names else lowered)
         self.hits = self.misses = self.reads = 0
         self.by_sample: bool | None = None
