@@ -17,7 +17,9 @@ TEXTS = "minilm"
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """The mean of runs, and its 95 % interval by Student's t; NaN bounds for one run."""
+    """The mean of runs, and its 95 % interval by Student's t; NaN where there are too few."""
+    if not values:
+        return math.nan, math.nan, math.nan
     mean = statistics.fmean(values)
     if len(values) < 2:
         return mean, math.nan, math.nan
@@ -79,6 +81,11 @@ def text_table(records: Sequence[Record]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _known(*values: float) -> list[float | None]:
+    """JSON has no NaN."""
+    return [None if math.isnan(value) else value for value in values]
+
+
 def _range(low: float, high: float, *, signed: bool = False) -> str:
     if math.isnan(low):
         return ""
@@ -98,9 +105,9 @@ def figures(records: Sequence[Record], teachers: dict[str, float]) -> dict[str, 
         if PLAIN in methods:
             more, low, high = gain(own, task, student, OURS)
             gap = teachers[task] - statistics.fmean(by_seed(own, task, student, PLAIN).values())
-            entry |= {"gain": [more, low, high], "share_of_gap": more / gap}
+            entry |= {"gain": _known(more, low, high), "share_of_gap": _known(more / gap)[0]}
         if peers:
             best = max(peers, key=lambda m: statistics.fmean(by_seed(own, task, student, m).values()))
-            entry["best_peer"], entry["gain_over_best_peer"] = best, list(gain(own, task, student, OURS, over=best))
+            entry["best_peer"], entry["gain_over_best_peer"] = best, _known(*gain(own, task, student, OURS, over=best))
         found[f"{task} {student}"] = entry
     return found

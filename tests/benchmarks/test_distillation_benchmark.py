@@ -54,7 +54,7 @@ def test_every_method_takes_the_same_steps(task: Task, tmp_path: object, monkeyp
 def test_intervals() -> None:
     mean, low, high = mean_and_interval([1.0, 2.0, 3.0])
     assert mean == 2 and math.isclose(high - mean, 4.302652729911275 / math.sqrt(3)) and math.isclose(mean - low, high - mean)
-    assert math.isnan(mean_and_interval([1.0])[1])
+    assert math.isnan(mean_and_interval([1.0])[1]) and math.isnan(mean_and_interval([])[0])
     pairs = [{"task": "t", "student": "s", "method": m, "seed": s, "test": v} for m, v in ((PLAIN, 0.0), (OURS, 0.5)) for s in range(4)]
     assert gain(pairs, "t", "s", OURS) == (0.5, 0.5, 0.5)
 
