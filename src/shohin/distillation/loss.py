@@ -122,7 +122,7 @@ def _numbers(call: Call, answers: Tensor) -> Tensor | None:
     return target if isinstance(target, Tensor) and target.shape == answers.shape and target.is_floating_point() else None
 
 
-def _counts(call: Call, logits: Tensor) -> Tensor | None:
+def counting(call: Call, logits: Tensor) -> Tensor | None:
     """Which words count: those with a label that is not -100, else those of the attention mask."""
     target = call.target
     if isinstance(target, Tensor) and target.shape == logits.shape[:-1] and not target.is_floating_point():
@@ -139,7 +139,7 @@ NAMED: dict[str, Callable[[Tensor, Tensor, Call, Mix], Tensor]] = {
     "mse": lambda s, t, call, mix: losses.logits_mse(s, t),
     "multi_label": lambda s, t, call, mix: losses.multi_label(s, t, mix.temperature),
     "regression": lambda s, t, call, mix: losses.bounded_regression(s, t, _numbers(call, s)),
-    "tokens": lambda s, t, call, mix: losses.tokens(s, t, _counts(call, s), mix.temperature),
+    "tokens": lambda s, t, call, mix: losses.tokens(s, t, counting(call, s), mix.temperature),
     "embeddings": lambda s, t, call, mix: losses.embeddings(s, t),
     "cosine": lambda s, t, call, mix: losses.cosine_embedding(s, t),
 }

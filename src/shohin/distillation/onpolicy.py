@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from shohin.data import Call, first_output
 from shohin.distillation import losses
-from shohin.distillation.loss import _counts
+from shohin.distillation.loss import counting
 from shohin.distillation.losses.shapes import same
 from shohin.distillation.teacher import Teacher
 from shohin.errors import DataError
@@ -155,7 +155,7 @@ def on_policy_objective(
             call = _as_called(call, said)
         student = first_output(model(*call.args, **call.kwargs))
         answer, _ = (listener if own else expert)(call)
-        loss = losses.tokens(student, answer, said.counts if own else _counts(call, student), temperature, beta)
+        loss = losses.tokens(student, answer, said.counts if own else counting(call, student), temperature, beta)
         return loss, {"tokens": loss.item(), "on_policy": float(own)}
 
     return objective
