@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -40,8 +40,8 @@ def distill(
         epochs: passes over ``data.train``.
         config: how to train, instead of ``epochs`` and ``seed``; see `shohin.training.TrainConfig`.
         inherit: begin with the teacher's weights where a plan makes the student's architecture out of the teacher's (the same modules,
-            fewer channels, heads or layers), unless the student's own already answer more like the teacher. The candidate's ``.plan``
-            is that plan.
+            fewer channels, heads or layers), unless the student's own already answer more like the teacher. The plan, of the teacher, is
+            ``.notes["inherited"]``.
 
     Raises:
         DataError: for an unknown loss or batches that cannot be used.
@@ -77,4 +77,7 @@ def distill(
             taps=taps,
         )
     quality = Measurement(result.best_quality, "measured: validation, in torch") if result.best_quality is not None else None
-    return Candidate("distilled", plan or Plan(""), own, metrics=Metrics(quality=quality), notes={"training": result.to_json()})
+    notes: dict[str, Any] = {"training": result.to_json()}
+    if plan is not None:
+        notes["inherited"] = plan.to_json()
+    return Candidate("distilled", Plan(""), own, metrics=Metrics(quality=quality), notes=notes)
