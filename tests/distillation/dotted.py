@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
-import os
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -14,6 +11,9 @@ from torch import Tensor, nn
 from shohin.data import Data
 from shohin.distillation import Dot, distillation_objective
 from shohin.training import TrainConfig, train
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from two_processes import meet, part
 
 
 def model(seed: int, width: int = 6) -> nn.Module:
@@ -37,14 +37,7 @@ def run(share: slice) -> nn.Module:
 
 if __name__ == "__main__":
     rank, meeting, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=25)
-    )
+    meet(rank, meeting)
     net = run(slice(0, 3) if rank == 0 else slice(3, 8))
     torch.save([p.detach() for p in net.parameters()], folder / f"{rank}.pt")
-    (folder / f"{rank}.done").touch()
-    until = time.monotonic() + 20
-    while not (folder / f"{1 - rank}.done").exists() and time.monotonic() < until:
-        time.sleep(0.02)
-    os._exit(0)  # gloo's threads may abort a process that takes the group down while the other one still talks
+    part(rank, folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +19,8 @@ from shohin.training import TrainConfig, train
 
 sys.path.insert(0, str(Path(__file__).parent))
 import dotted
+
+from two_processes import run_both
 
 torch.set_num_threads(1)
 
@@ -164,16 +165,7 @@ def test_resume_is_exact(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """Unequal shares of each batch: both gradients are means over all samples."""
-    meeting = tmp_path / "meeting"
-    command = [sys.executable, dotted.__file__]
-    jobs = [subprocess.Popen([*command, str(rank), str(meeting), str(tmp_path)], stderr=subprocess.PIPE) for rank in (0, 1)]
-    try:
-        for job in jobs:
-            _, error = job.communicate(timeout=60)
-            assert job.returncode == 0, error.decode()[-2000:]
-    finally:
-        for job in jobs:
-            job.kill()
+    run_both(dotted.__file__, tmp_path / "meeting", tmp_path)
     alone = dotted.run(slice(None))
     for rank in (0, 1):
         for p, q in zip(alone.parameters(), torch.load(tmp_path / f"{rank}.pt"), strict=True):

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -15,6 +12,9 @@ from torch import Tensor, nn
 from shohin.data import Call, Data
 from shohin.errors import DataError
 from shohin.training import TrainConfig, TrainResult, train
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from two_processes import meet, part
 
 
 def model(seed: int) -> nn.Module:
@@ -46,10 +46,7 @@ def run(net: nn.Module, share: slice, poison: int = -1, path: Path | None = None
 
 if __name__ == "__main__":
     rank, meeting, folder, kind = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4]
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=25)
-    )
+    meet(rank, meeting)
     net, out = model(rank), {}
     share = slice(0, 3) if rank == 0 else slice(3, 8)  # unequal shares weigh by their samples
     try:
@@ -59,8 +56,4 @@ if __name__ == "__main__":
         out = {"error": str(error)}
     out["weights"] = [p.tolist() for p in net.parameters()]
     (folder / f"{rank}.json").write_text(json.dumps(out))
-    (folder / f"{rank}.{kind}.done").touch()
-    until = time.monotonic() + 20
-    while not (folder / f"{1 - rank}.{kind}.done").exists() and time.monotonic() < until:
-        time.sleep(0.02)
-    os._exit(0)  # gloo's threads may abort a process that takes the group down while the other one still talks
+    part(rank, folder, kind)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,20 +13,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import ranked
 
+from two_processes import run_both
+
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 
 
 def both(folder: Path, kind: str) -> list[dict[str, Any]]:
-    meeting = folder / f"meeting-{kind}"
-    command = [sys.executable, ranked.__file__]
-    started = [subprocess.Popen([*command, str(r), str(meeting), str(folder), kind], stderr=subprocess.PIPE) for r in range(2)]
-    try:
-        for process in started:
-            _, said = process.communicate(timeout=60)
-            assert process.returncode == 0, said.decode()[-2000:]
-    finally:
-        for process in started:
-            process.kill()
+    run_both(ranked.__file__, folder / f"meeting-{kind}", folder, kind)
     return [json.loads((folder / f"{r}.json").read_text()) for r in range(2)]
 
 
