@@ -12,10 +12,9 @@ from shohin.data import Call, Data, first_output
 from shohin.errors import DataError, ShohinError
 from shohin.graph import Graph
 from shohin.graph.regions import Region
-from shohin.pipeline.job import load_tensors, own_tensors
+from shohin.pipeline.compensate import compensate
 from shohin.plan import Plan
 from shohin.planning.loss import kept_units
-from shohin.pruning.layerwise import refit
 from shohin.pruning.saliency import group_saliency
 from shohin.surgery import cut_sharing_values, understand
 from shohin.training.state import training_modes
@@ -50,9 +49,7 @@ def inherit(student: nn.Module, teacher: nn.Module, data: Data, calls: Sequence[
         widths = {name: kept_units(saliency[name].tolist(), count) for name, count in counts.items()}
         plan = Plan(graph.program.fingerprint, widths, skips)
         made = cut_sharing_values(teacher, graph, plan)
-        start = made.rewritten.sliced()
-        start.update(own_tensors(made.model, start))
-        load_tensors(made.model, refit(graph, plan, made.rewritten, start, calls, seed=seed))
+        compensate(made, graph, plan, calls, seed)
         state = made.model.state_dict()
         if {name: t.shape for name, t in state.items()} != wanted:
             return None

@@ -49,9 +49,8 @@ def prune(
         PlanError: for an unknown option, or a share that the model's groups cannot reach.
         DataError: if batches are needed and there are none.
     """
-    from shohin.pipeline.job import load_tensors, own_tensors
+    from shohin.pipeline.compensate import compensate
     from shohin.pipeline.share import magnitudes, uniform_cut, widths_within
-    from shohin.pruning.layerwise import refit
     from shohin.pruning.saliency import group_saliency
     from shohin.surgery import cut_sharing_values
 
@@ -87,9 +86,7 @@ def prune(
             "left": left,
         }
         if recover is not None and not plan.is_identity:
-            start = made.rewritten.sliced()
-            start.update(own_tensors(made.model, start))
-            load_tensors(made.model, refit(graph, plan, made.rewritten, start, calls, seed=seed))
+            compensate(made, graph, plan, calls, seed)
         if recover == "distill" and not plan.is_identity:
             notes["training"] = _distilled(made.model, model, data, epochs, seed)
         return Candidate("pruned", plan, made.model, None, {}, None, static_metrics(graph, plan, made.model), notes, made.removed)
