@@ -173,16 +173,16 @@ def _region(
     if len(entries) != 1:
         return None
     entry = entries.pop()
-    a, b = labels.get(entry.name), labels.get(output.name)
     residual = layer or _passes(entry, output, inside)
-    if a is None or b is None or a.shape != b.shape or (residual and not _equal(a, b)):
+    if not _alike(labels, entry, output, same_units=residual):
         return None
     return Region(name, entry.name, output.name, frozenset(n.name for n in inside), module, residual)
 
 
-def _alike(labels: Mapping[str, Labels], entry: fx.Node, output: fx.Node) -> bool:
+def _alike(labels: Mapping[str, Labels], entry: fx.Node, output: fx.Node, same_units: bool = True) -> bool:
+    """True if both have one shape and, if asked, the same can be removed from both."""
     a, b = labels.get(entry.name), labels.get(output.name)
-    return a is not None and b is not None and a.shape == b.shape and _equal(a, b)
+    return a is not None and b is not None and a.shape == b.shape and (not same_units or _equal(a, b))
 
 
 def _equal(a: Labels, b: Labels) -> bool:
