@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import shohin
-from distilling.summary import FRESH, PLAIN
+from distilling.summary import FRESH, OURS, PLAIN
 from distilling.tasks import Task, task_loss
 from fashion_mnist import CACHE
 from shohin.data import Call
@@ -63,8 +63,8 @@ def learn(task: Task, student: str, method: str, seed: int) -> dict[str, Any]:
         made, config = fresh(made), replace(config, epochs=LONGER * config.epochs)
     expert = Teacher(task.teacher(), folder=CACHE / "answers")
     began = time.monotonic()
-    if method in ("shohin", FRESH):
-        found = shohin.distill(made, expert, data, config=config, inherit=method == "shohin")
+    if method in (OURS, FRESH):
+        found = shohin.distill(made, expert, data, config=config, inherit=method == OURS)
         trained, history = found.model, found.notes["training"]
     else:
         if method in (PLAIN, SCRATCH):

@@ -58,14 +58,11 @@ TEACHER = TrainConfig(epochs=24, lr=3e-3, weight_decay=0.05, ema=0.999, precisio
 
 
 @cache
-def _fashion_splits() -> dict[str, tuple[Tensor, Tensor]]:
-    return fashion()
-
-
 def fashion_data(count: int = VIEWS) -> shohin.Data:
     """Shuffled views of the training images; validation and test as they are."""
-    x, y = _fashion_splits()["train"]
-    whole = {split: Batches(images[None], labels, 500) for split, (images, labels) in _fashion_splits().items()}
+    splits = fashion()
+    x, y = splits["train"]
+    whole = {split: Batches(images[None], labels, 500) for split, (images, labels) in splits.items()}
     return shohin.Data(train=Batches(views(x, count), y, shuffle=True), validation=whole["validation"], test=whole["test"])
 
 
