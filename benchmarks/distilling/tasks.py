@@ -98,7 +98,7 @@ FASHION = Task(
 )
 #: a student that came from a plan, for few epochs
 CUT = Task(
-    "fashion cut", fashion_teacher, {"1/4 of MACs": fashion_cut}, fashion_data, TrainConfig(epochs=3, lr=2e-3, weight_decay=0.02), 10
+    "fashion cut", fashion_teacher, {"1/4 of MACs": fashion_cut}, fashion_data, TrainConfig(epochs=3, lr=1e-2, weight_decay=0.02), 10
 )
 
 

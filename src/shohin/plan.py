@@ -1,7 +1,7 @@
 """A plan: every choice that makes a small model out of a large one, as one frozen JSON value.
 
 Choices are keyed by address, so that a plan survives cutting, recapture and torch versions:
-widths (unit group -> kept units), skips (regions), formats (operation -> format name).
+widths (unit group -> kept units), skips (regions), formats (operation -> format name), sparsity (weight -> pattern of zeros).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 
 from shohin.errors import PlanError, closest
 
-VERSION = 1
+#: a plan without sparsity is written as version 1, which earlier releases read
+VERSIONS = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,15 @@ class Plan:
         widths: unit group name -> ascending indices of the units that stay. A group that is absent keeps all units.
         skips: names of the regions that are skipped (their input goes to their consumers).
         formats: operation address -> format name ("int8"); an operation that is absent stays float32.
+        sparsity: weight name -> pattern of its zeros ("2:4"; see `shohin.pruning.sparse.Pattern`). Which elements are zero is seen
+            on the candidate's weights: a plan names the pattern.
     """
 
     fingerprint: str
     widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     skips: tuple[str, ...] = ()
     formats: Mapping[str, str] = field(default_factory=dict)
+    sparsity: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         widths = {}
@@ -51,7 +55,8 @@ class Plan:
             raise PlanError(f"skips is a sequence of region names; for one region write ({self.skips!r},)")
         object.__setattr__(self, "widths", MappingProxyType(widths))
         object.__setattr__(self, "skips", tuple(sorted(set(self.skips))))
-        object.__setattr__(self, "formats", MappingProxyType(dict(sorted(self.formats.items()))))
+        for name in ("formats", "sparsity"):
+            object.__setattr__(self, name, MappingProxyType(dict(sorted(getattr(self, name).items()))))
 
     def __hash__(self) -> int:
         return hash(self.digest)
@@ -67,7 +72,7 @@ class Plan:
     @property
     def is_identity(self) -> bool:
         """True if the plan changes nothing."""
-        return not (self.widths or self.skips or self.formats)
+        return not (self.widths or self.skips or self.formats or self.sparsity)
 
     def then(self, later: Plan) -> Plan:
         """This plan followed by ``later``, whose widths index the units that this plan left.
@@ -89,7 +94,13 @@ class Plan:
             if kept[-1] >= len(left):
                 raise PlanError(f"group {name!r}: the later plan keeps unit {kept[-1]}, but the earlier plan left only {len(left)}")
             widths[name] = tuple(left[i] for i in kept)
-        return Plan(self.fingerprint, widths, (*self.skips, *later.skips), {**self.formats, **later.formats})
+        return self._with(widths, later)
+
+    def _with(self, widths: Mapping[str, tuple[int, ...]], other: Plan) -> Plan:
+        """These widths, and what either plan chooses elsewhere."""
+        return Plan(
+            self.fingerprint, widths, (*self.skips, *other.skips), {**self.formats, **other.formats}, {**self.sparsity, **other.sparsity}
+        )
 
     def _named_before(self, name: str) -> str:
         """The name in this plan's model of a group that has moved up in the model that it leaves."""
@@ -106,12 +117,12 @@ class Plan:
         """
         if self.fingerprint != other.fingerprint:
             raise PlanError("plans for different models cannot be merged; use then() for a plan of the cut model")
-        for kind in ("widths", "formats"):
+        for kind in ("widths", "formats", "sparsity"):
             mine, theirs = getattr(self, kind), getattr(other, kind)
             clash = sorted(k for k in mine.keys() & theirs.keys() if mine[k] != theirs[k])
             if clash:
                 raise PlanError(f"both plans choose {kind} at {clash[0]!r}, differently")
-        return Plan(self.fingerprint, {**self.widths, **other.widths}, (*self.skips, *other.skips), {**self.formats, **other.formats})
+        return self._with({**self.widths, **other.widths}, other)
 
     def check(self, fingerprint: str, groups: Mapping[str, int], regions: Iterable[str]) -> None:
         """Raises PlanError if the plan is for another model or names groups, units or regions that do not exist."""
@@ -132,27 +143,29 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dictionary."""
-        return {
-            "version": VERSION,
+        written = {
+            "version": 2 if self.sparsity else 1,
             "fingerprint": self.fingerprint,
             "widths": {k: list(v) for k, v in self.widths.items()},
             "skips": list(self.skips),
             "formats": dict(self.formats),
         }
+        return written | {"sparsity": dict(self.sparsity)} if self.sparsity else written
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Plan:
         """The inverse of `to_json`. Raises PlanError on an unknown version or missing fields."""
         if not isinstance(data, Mapping):
             raise PlanError(f"a plan's JSON is an object, not {type(data).__name__}")
-        if data.get("version") != VERSION:
-            raise PlanError(f"plan version {data.get('version')!r} is not supported (this Shohin reads version {VERSION})")
+        if data.get("version") not in VERSIONS:
+            raise PlanError(f"plan version {data.get('version')!r} is not supported (this Shohin reads {' and '.join(map(str, VERSIONS))})")
         try:
             return Plan(
                 str(data["fingerprint"]),
                 {str(k): tuple(v) for k, v in data["widths"].items()},
                 tuple(data["skips"]),
                 dict(data["formats"]),
+                {str(k): str(v) for k, v in data.get("sparsity", {}).items()},
             )
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise PlanError(f"the plan's JSON is damaged: {error!r}") from None

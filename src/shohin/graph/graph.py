@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -128,6 +128,10 @@ class Graph:
     def sites(self) -> tuple[str, ...]:
         """Addresses at which a format can be chosen: the operations that contract with a weight."""
         return tuple(op.address for op in self.costs if op.macs and op.weights)
+
+    def only(self, groups: Collection[str]) -> Graph:
+        """The graph with no width to choose but those of ``groups``. Plans of it are plans of this graph."""
+        return with_costs(replace(self, groups=tuple(g for g in self.groups if g.name in groups)))
 
     def __repr__(self) -> str:
         return f"Graph({len(self.groups)} groups, {len(self.regions)} regions, {len(self.costs)} operations, {len(self.frozen)} frozen)"

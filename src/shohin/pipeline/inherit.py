@@ -6,10 +6,11 @@ import copy
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from shohin.data import Call, Data, first_output
+from shohin.data import Call, Data
 from shohin.errors import DataError, ShohinError
+from shohin.evidence import answers
 from shohin.graph import Graph
 from shohin.graph.regions import Region
 from shohin.pipeline.compensate import compensate
@@ -17,7 +18,6 @@ from shohin.plan import Plan
 from shohin.planning.loss import kept_units
 from shohin.pruning.saliency import group_saliency
 from shohin.surgery import cut_sharing_values, understand
-from shohin.training.state import training_modes
 
 Shapes = Mapping[str, torch.Size]
 
@@ -91,13 +91,6 @@ def _tensors(graph: Graph, region: Region) -> set[str]:
 
 def distance(student: nn.Module, teacher: nn.Module, calls: Sequence[Call]) -> float:
     """Squared error of the student's first output as a share of the variance of the teacher's; infinite where it is not finite."""
-    with training_modes(student), training_modes(teacher), torch.no_grad():
-        student.eval()
-        teacher.eval()
-        ours, theirs = (torch.cat([_rows(model, call) for call in calls]) for model in (student, teacher))
+    ours, theirs = (torch.cat([a.float().flatten(0, -2) for a in answers(model, calls)]) for model in (student, teacher))
     error = (ours - theirs).square().mean() / (theirs - theirs.mean(0)).square().mean()
     return float(error) if bool(error.isfinite()) else torch.inf
-
-
-def _rows(model: nn.Module, call: Call) -> Tensor:
-    return first_output(model(*call.args, **call.kwargs)).float().flatten(0, -2)

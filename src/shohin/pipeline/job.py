@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from shohin.budget import Budget
 from shohin.candidate import Candidate
-from shohin.data import Call, Data, class_scores, first_output
+from shohin.data import Call, Data
 from shohin.errors import DataError
+from shohin.evidence import Divergence, answers
 from shohin.graph import Graph
 from shohin.run import Run
 from shohin.targets import Target
@@ -102,7 +103,7 @@ class Job:
     def _view_samples(self) -> int:
         call = self.held_out[0]
         began = time.monotonic()
-        self.answers(self.model, [call])
+        answers(self.model, [call])
         per_sample = (time.monotonic() - began) / call.size
         return max(LEAST, min(CALIBRATION, int(VIEW_SECONDS / max(per_sample, 1e-9))))
 
@@ -122,29 +123,9 @@ class Job:
         return self.data.example().kwargs
 
     @cached_property
-    def reference(self) -> list[Tensor]:
-        """The original's first output on each of the view batches."""
-        return self.answers(self.model, self.view_calls)
-
-    def answers(self, model: nn.Module, calls: list[Call]) -> list[Tensor]:
-        """First output of a module on each batch, in evaluation mode."""
-        modes = [(m, m.training) for m in model.modules()]
-        model.eval()
-        try:
-            with torch.no_grad():
-                return [first_output(model(*c.args, **c.kwargs)).detach() for c in calls]
-        finally:
-            for module, mode in modes:
-                module.training = mode
-
-    def divergence(self, model: nn.Module) -> float:
-        """How far a module's answers are from the original's: mean KL (nats) of class scores, relative squared error otherwise."""
-        return distance(self.reference, self.answers(model, self.view_calls), self.scores)
-
-    @cached_property
-    def scores(self) -> bool:
-        """True if the model's answers are class scores."""
-        return all(class_scores(answer, call) for answer, call in zip(self.reference, self.view_calls, strict=True))
+    def divergence(self) -> Divergence:
+        """How far a module's answers to the view batches are from the original's."""
+        return Divergence(self.model, self.view_calls)
 
     def folder(self, name: str) -> Path:
         """The folder of a candidate."""
@@ -161,19 +142,6 @@ def first(calls: list[Call], samples: int) -> list[Call]:
             break
         out.append(call)
     return out
-
-
-def distance(reference: list[Tensor], answers: list[Tensor], scores: bool) -> float:
-    """See `Job.divergence`."""
-    a, b = torch.cat(reference).double(), torch.cat(answers).double()
-    if scores:
-        p, q = a.log_softmax(-1), b.log_softmax(-1)
-        value = float((p.exp() * (p - q)).sum(-1).mean())
-    else:
-        value = float((a - b).square().sum() / a.square().sum().clamp_min(1e-30))
-    if value != value:
-        raise DataError("a view's outputs are NaN on the training batches: look for NaN in the data or the weights")
-    return max(value, 0.0)
 
 
 def _named(model: nn.Module) -> dict[str, Tensor]:

@@ -10,19 +10,21 @@ from typing import Any
 import numpy as np
 
 from shohin.candidate import Candidate
-from shohin.errors import PlanError, ShohinError
+from shohin.errors import PlanError
 from shohin.pipeline.formats import worthwhile
 from shohin.pipeline.job import Job, load_tensors
-from shohin.pipeline.timing import group_counts, plan_of, time_choices
+from shohin.pipeline.timing import time_choices
 from shohin.planning.choice import Choice
 from shohin.planning.front import Point, Precision, front
 from shohin.planning.latency import LatencyModel
 from shohin.planning.loss import correct, loss_table
 from shohin.planning.options import GroupOptions, RegionOption
 from shohin.planning.resources import Costs
+from shohin.planning.widths import group_counts, plan_of
 from shohin.pruning.layerwise import refit
 from shohin.pruning.saliency import group_saliency
-from shohin.surgery import rewrite, view, view_of
+from shohin.pruning.sensitivity import of_groups, of_regions
+from shohin.surgery import rewrite, view_of
 
 Tick = Callable[[], None]
 #: latencies (or sizes), as shares of the original's in float32, for which plans are made
@@ -86,24 +88,12 @@ def tables(job: Job, saliency: Mapping[str, list[float]], tick: Tick) -> tuple[l
 
 
 def _measure_tables(job: Job, saliency: Mapping[str, list[float]], tick: Tick) -> dict[str, Any]:
-    graph, groups, regions = job.graph, [], []
-    counts = group_counts(graph, job.target.vector_width)
-    if "prune" in job.methods:
-        for name, options in counts.items():
-            if len(options.counts) > 1:
-                count = options.nearest(0.5) if options.nearest(0.5) < options.size else options.counts[0]
-                choice = Choice({**graph.sizes, name: count})
-                groups.append([name, count, job.divergence(view(graph, plan_of(graph, choice, dict(saliency))))])
-            tick()
-    if "skip" in job.methods:
-        for region in (r for r in graph.regions if r.residual):
-            try:
-                loss = job.divergence(view(graph, plan_of(graph, Choice(graph.sizes, frozenset((region.name,))))))
-            except ShohinError:
-                continue
-            regions.append([region.name, loss])
-            tick()
-    return {"groups": groups, "regions": regions}
+    counts = group_counts(job.graph, job.target.vector_width)
+    residual = [r.name for r in job.graph.regions if r.residual]
+    return {
+        "groups": of_groups(job.graph, counts, saliency, job.divergence, tick) if "prune" in job.methods else [],
+        "regions": of_regions(job.graph, residual, job.divergence, tick) if "skip" in job.methods else [],
+    }
 
 
 def bounds(job: Job, baseline: Candidate, whole_ms: float) -> dict[str, float]:

@@ -16,8 +16,8 @@ from shohin.graph.labels.core import Labels
 from shohin.pipeline.job import Job, load_tensors, own_tensors
 from shohin.pipeline.plan import Finalist
 from shohin.pipeline.ship import expected_formats, finish, lower_program, lower_quantized, verify_file
-from shohin.pipeline.timing import plan_of
 from shohin.plan import Plan
+from shohin.planning.widths import plan_of
 from shohin.program import Program, unfold_state, with_graph
 from shohin.pruning.layerwise import refit
 from shohin.quantization import Quantized, quantize_program
@@ -106,7 +106,7 @@ def _distill(job: Job, finalist: Finalist, made: Cut, graph: Graph, plan: Plan, 
                 config=TrainConfig(
                     epochs=settings["epochs"], lr=settings["lr"], ema=None, patience=max(5, settings["epochs"] // 3), seed=job.seed
                 ),
-                loss="kd" if job.scores else "mse",
+                loss="kd" if job.divergence.scores else "mse",
                 alpha=0.2 if labels else 0.0,
                 feature_weight=0.2 if taps else 0.0,
                 taps=taps,

@@ -11,7 +11,6 @@ from torch import nn
 from shohin.errors import PlanError
 from shohin.graph import Graph
 from shohin.integrations.transformers import uniform, write_config
-from shohin.pipeline.timing import group_counts, plan_of
 from shohin.plan import Plan
 from shohin.planning.choice import Choice
 from shohin.planning.features import Features
@@ -20,6 +19,7 @@ from shohin.planning.loss import loss_table
 from shohin.planning.options import GroupOptions
 from shohin.planning.relinearize import plan_for_budget
 from shohin.planning.resources import Costs
+from shohin.planning.widths import group_counts, plan_of
 from shohin.surgery import Cut, cut
 
 

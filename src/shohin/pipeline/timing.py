@@ -22,7 +22,7 @@ from shohin.plan import Plan
 from shohin.planning.choice import Choice
 from shohin.planning.features import Features
 from shohin.planning.latency import LatencyModel, random_choices
-from shohin.planning.options import GroupOptions, aligned_counts
+from shohin.planning.widths import group_counts, plan_of
 from shohin.program import Program, fold, with_graph
 from shohin.run import read_json, write_json
 from shohin.surgery import rewrite
@@ -30,31 +30,6 @@ from shohin.targets import Prepared
 
 #: random plans that are timed for each precision
 TIMED = 12
-
-
-def group_counts(graph: Graph, vector_width: int) -> dict[str, GroupOptions]:
-    """Allowed widths of every group, multiples of the target's vector width in channels; losses are zero."""
-    out = {}
-    for group in graph.groups:
-        per_unit = max(index.shape[1] for axes in group.slices.values() for index in axes.values()) if group.slices else 1
-        multiple = max(1, vector_width // int(np.gcd(vector_width, per_unit)))
-        counts = aligned_counts(group.size, multiple, most=24)
-        out[group.name] = GroupOptions(group.name, group.size, counts, np.zeros(len(counts)))
-    return out
-
-
-def plan_of(graph: Graph, choice: Choice, saliency: dict[str, Any] | None = None) -> Plan:
-    """The plan that keeps the most salient units (the first ones, without saliency) and has the choice's formats."""
-    from shohin.planning.loss import kept_units
-
-    widths = {}
-    for name, count in choice.kept.items():
-        if count < graph.sizes[name]:
-            widths[name] = tuple(range(count)) if saliency is None else kept_units(saliency[name], count)
-    dead = {n for r in choice.skipped for n in graph.region(r).nodes}
-    addresses = {graph.program.origins[n].address for n in dead}
-    formats = dict.fromkeys(sorted((choice.int8 & set(graph.sites)) - addresses), "int8")
-    return Plan(graph.program.fingerprint, widths, tuple(choice.skipped), formats)
 
 
 def program_of(graph: Graph, plan: Plan) -> Program:

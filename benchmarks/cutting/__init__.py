@@ -1,0 +1,1 @@
+"""Pruning beside its peers: what is cut, how, and with what it is compared."""

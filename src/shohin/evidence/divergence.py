@@ -1,0 +1,55 @@
+"""How far a changed model's answers are from the original's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from shohin.data import Call, class_scores, first_output
+from shohin.errors import DataError
+
+
+class Divergence:
+    """The original's answers to some batches, and how far those of another module are from them.
+
+    Args:
+        model: the original.
+        calls: batches; one forward pass of each, now and for each module.
+    """
+
+    def __init__(self, model: nn.Module, calls: Sequence[Call]) -> None:
+        if not calls:
+            raise DataError("comparing answers needs batches: give Data(train=loader)")
+        self.calls, self.reference = list(calls), answers(model, calls)
+        #: True if the answers are class scores
+        self.scores = all(class_scores(answer, call) for answer, call in zip(self.reference, self.calls, strict=True))
+
+    def __call__(self, model: nn.Module) -> float:
+        """Mean Kullback-Leibler divergence (nats) of class scores, relative squared error of other answers; at least 0.
+
+        Raises:
+            DataError: if an answer is NaN.
+        """
+        a, b = torch.cat(self.reference).double(), torch.cat(answers(model, self.calls)).double()
+        if self.scores:
+            p, q = a.log_softmax(-1), b.log_softmax(-1)
+            value = float((p.exp() * (p - q)).sum(-1).mean())
+        else:
+            value = float((a - b).square().sum() / a.square().sum().clamp_min(1e-30))
+        if value != value:
+            raise DataError("a view's outputs are NaN on the training batches: look for NaN in the data or the weights")
+        return max(value, 0.0)
+
+
+def answers(model: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
+    """First output of a module on each batch, in evaluation mode."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            return [first_output(model(*c.args, **c.kwargs)).detach() for c in calls]
+    finally:
+        for module, mode in modes:
+            module.training = mode
