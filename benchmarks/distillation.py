@@ -7,19 +7,11 @@ goes on where it stopped.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-from shohin.run import write_atomic
+from records import HERE, Book, process, run_all
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-RESULTS, TABLE = HERE / "distillation.json", HERE / "distillation.md"
 #: method -> the environment that holds its peer
 PEERS = {
     "torchdistill:kd_even": "torchdistill",
@@ -61,25 +53,9 @@ def teacher_quality(task: str) -> float:
     return TASKS[task].data().quality(TASKS[task].teacher(), "test")
 
 
-def interpreter(method: str) -> str:
-    """The Python that runs a method."""
-    if method not in PEERS:
-        return sys.executable
-    return str(HERE.parent / f".venv-{PEERS[method]}" / "bin" / "python")
-
-
 def attempt(cell: Cell) -> dict[str, Any] | str:
     """The record of one run in a process of its own, or what it said last."""
-    task, student, method, seed = cell
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    command = [interpreter(method), "-m", "distilling", task, student, method, str(seed)]
-    if not Path(command[0]).exists():
-        return f"{command[0]} does not exist: make benchmark-distillation sets it up"
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        return done.stderr.strip()[-500:]
-    record: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return record
+    return process("distilling", cell, PEERS.get(cell[2]), "benchmark-distillation")
 
 
 def key(record: dict[str, Any]) -> Cell:
@@ -87,20 +63,11 @@ def key(record: dict[str, Any]) -> Cell:
     return record["task"], record["student"], record["method"], record["seed"]
 
 
-def kept(teachers: dict[str, float] | None = None, *new: dict[str, Any]) -> tuple[dict[str, float], dict[Cell, dict[str, Any]]]:
-    """What the file of results holds, with what is new, which is written there: other processes may write it too."""
+def book() -> Book:
+    """Where the records are kept."""
     from distilling.summary import figures, table
 
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"teachers": {}, "runs": []}
-    qualities = {**known["teachers"], **(teachers or {})}
-    records = {key(record): record for record in (*known["runs"], *new)}
-    records = {cell: records[cell] for cell in sorted(records)}
-    if teachers is not None:
-        runs = list(records.values())
-        found = {"teachers": qualities, "figures": figures(runs, qualities), "runs": runs}
-        write_atomic(RESULTS, (json.dumps(found, indent=1) + "\n").encode())
-        write_atomic(TABLE, table(runs, qualities).encode())
-    return qualities, records
+    return Book(HERE / "distillation.json", HERE / "distillation.md", key, "teachers", figures, table)
 
 
 def main() -> int:
@@ -114,31 +81,20 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="only names")
     options = parser.parse_args()
 
-    from distilling.summary import figures, table
-
     cells = all_cells(options.seeds)
     wanted = {i: getattr(options, name) for i, name in enumerate(("task", "student", "method"))}
     cells = [cell for cell in cells if all(not names or cell[i] in names for i, names in wanted.items())]
     if options.list:
         print("\n".join(" ".join(map(str, cell)) for cell in cells))
         return 0
-    teachers, records = kept()
+    kept = book()
+    teachers, records = kept.read()
     for name in dict.fromkeys(cell[0] for cell in cells):
         if name not in teachers:
-            kept({name: teacher_quality(name)})
+            kept.add(whole={name: teacher_quality(name)})
     todo = [cell for cell in cells if options.again or cell not in records]
-    failed = []
-    with ThreadPoolExecutor(options.jobs) as executor:  # its threads only wait for the processes
-        for cell, record in zip(todo, executor.map(attempt, todo), strict=True):
-            if isinstance(record, str):
-                failed.append(cell)
-                print(*cell, "failed:", record, flush=True)
-                continue
-            print(*cell, f"{record['test']:.4f}, {record['seconds']:.0f} s", flush=True)
-            kept({}, record)
-    teachers, records = kept()
-    print(table(list(records.values()), teachers))
-    print(json.dumps(figures(list(records.values()), teachers), indent=1))
+    failed = run_all(todo, attempt, kept, options.jobs, lambda record: f"{record['test']:.4f}, {record['seconds']:.0f} s")
+    kept.show()
     return 1 if failed else 0
 
 

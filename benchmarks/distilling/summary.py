@@ -7,24 +7,13 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from scipy import stats
+from records import Record, known, mean_and_interval
 
-Record = dict[str, Any]
+__all__ = ["FRESH", "OURS", "PLAIN", "Record", "by_seed", "figures", "gain", "mean_and_interval", "table", "text_table"]
 #: Shohin's default, the same from random weights, and no distillation at all
 OURS, FRESH, PLAIN = "shohin", "shohin, not inherited", "plain"
 #: the task with a table of its own
 TEXTS = "minilm"
-
-
-def mean_and_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """The mean of runs, and its 95 % interval by Student's t; NaN where there are too few."""
-    if not values:
-        return math.nan, math.nan, math.nan
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, math.nan, math.nan
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return mean, mean - half, mean + half
 
 
 def by_seed(records: Iterable[Record], task: str, student: str, method: str) -> dict[int, float]:
@@ -81,11 +70,6 @@ def text_table(records: Sequence[Record]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _known(*values: float) -> list[float | None]:
-    """JSON has no NaN."""
-    return [None if math.isnan(value) else value for value in values]
-
-
 def _range(low: float, high: float, *, signed: bool = False) -> str:
     if math.isnan(low):
         return ""
@@ -105,9 +89,9 @@ def figures(records: Sequence[Record], teachers: dict[str, float]) -> dict[str, 
         if PLAIN in methods:
             more, low, high = gain(own, task, student, OURS)
             gap = teachers[task] - statistics.fmean(by_seed(own, task, student, PLAIN).values())
-            entry |= {"gain": _known(more, low, high), "share_of_gap": _known(more / gap)[0]}
+            entry |= {"gain": known(more, low, high), "share_of_gap": known(more / gap)[0]}
         if peers:
             best = max(peers, key=lambda m: statistics.fmean(by_seed(own, task, student, m).values()))
-            entry["best_peer"], entry["gain_over_best_peer"] = best, _known(*gain(own, task, student, OURS, over=best))
+            entry["best_peer"], entry["gain_over_best_peer"] = best, known(*gain(own, task, student, OURS, over=best))
         found[f"{task} {student}"] = entry
     return found

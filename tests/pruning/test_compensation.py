@@ -10,7 +10,7 @@ from shohin.errors import DataError, ModelError
 from shohin.evidence import GramAccumulator, Window, conv_rows
 from shohin.evidence.gram import Moments
 from shohin.pruning.compensation import compensate, ridge_solve
-from shohin.pruning.reconstruct import LeastSquares
+from shohin.pruning.reconstruct import RIDGES, LeastSquares, fitted
 
 torch.set_num_threads(1)
 
@@ -219,3 +219,35 @@ def test_least_squares_with_few_rows_stays_near_the_prior() -> None:
         squares.update(torch.randn(5, 50), torch.randn(4, 3))
     with pytest.raises(DataError, match="NaN or Inf"):
         squares.update(torch.full((5, 50), float("nan")), torch.randn(5, 3))
+
+
+def test_least_squares_by_group_equals_each_group_alone() -> None:
+    torch.manual_seed(1)
+    x, y, prior = torch.randn(90, 6), torch.randn(90, 9), torch.randn(9, 2)
+    together = LeastSquares(2, 3, 3)
+    together.update(x, y)
+    weight, bias = together.solve(prior, 1e-2)
+    assert bias is not None
+    for g in range(3):
+        alone = LeastSquares(2, 3)
+        alone.update(x[:, 2 * g : 2 * g + 2], y[:, 3 * g : 3 * g + 3])
+        w, b = alone.solve(prior[3 * g : 3 * g + 3], 1e-2)
+        torch.testing.assert_close(weight[3 * g : 3 * g + 3], w)
+        torch.testing.assert_close(bias[3 * g : 3 * g + 3], b)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_weights_move_as_far_as_rows_that_were_not_fitted_ask_for(seed: int) -> None:
+    """Few noisy rows for many inputs: a small ridge learns the noise; many clean ones: it finds the truth."""
+    g = torch.Generator().manual_seed(seed)
+    truth, prior = torch.randn(4, 60, generator=g), torch.zeros(4, 60)
+    prior += truth + 0.05 * torch.randn(4, 60, generator=g)
+
+    def error(rows: int, noise: float, ridges: tuple[float, ...]) -> float:
+        x = torch.randn(rows, 60, generator=torch.Generator().manual_seed(seed + 10))
+        y = x @ truth.T + noise * torch.randn(rows, 4, generator=torch.Generator().manual_seed(seed + 20))
+        weight, _ = fitted(x, y, prior, ridges=ridges)
+        return float((weight - truth).square().mean())
+
+    assert error(80, 2.0, RIDGES) < 0.2 * error(80, 2.0, (1e-3,))
+    assert error(4000, 0.01, RIDGES) < 0.01 * float((prior - truth).square().mean())

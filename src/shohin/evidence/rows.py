@@ -93,6 +93,7 @@ def conv_rows(
     max_rows: int | None = None,
     generator: torch.Generator | None = None,
     output: Tensor | None = None,
+    at: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Input patches of a convolution at random output positions; only the sampled ones are ever copied.
 
@@ -102,6 +103,7 @@ def conv_rows(
         max_rows: at most this many positions of all ``N * prod(output size)``; None takes all.
         generator: draws them without replacement.
         output: ``[N, O, *output size]``, sampled at the same positions.
+        at: these positions instead of random ones, indices into all of them.
 
     Returns:
         Patches ``[n, C * prod(kernel)]`` in the order of ``weight.reshape(O, -1)`` (channel, then kernel position), and
@@ -120,7 +122,7 @@ def conv_rows(
     sizes = view.shape[: 1 + dims]
     if output is not None and (output.shape[0], *output.shape[2:]) != tuple(sizes):
         raise DataError(f"the output {tuple(output.shape)} does not fit the input {tuple(x.shape)}: expected [N, O, {tuple(sizes[1:])}]")
-    chosen = _sample(sizes.numel(), max_rows, generator)
+    chosen = _sample(sizes.numel(), max_rows, generator) if at is None else at
     last = None if output is None else output.movedim(1, -1)
     if chosen is None:
         patches = view.reshape(sizes.numel(), -1)

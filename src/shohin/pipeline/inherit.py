@@ -16,7 +16,7 @@ from shohin.graph.regions import Region
 from shohin.pipeline.compensate import compensate
 from shohin.plan import Plan
 from shohin.planning.loss import kept_units
-from shohin.pruning.saliency import group_saliency
+from shohin.pruning.criteria import CRITERIA, Inputs
 from shohin.surgery import cut_sharing_values, understand
 
 Shapes = Mapping[str, torch.Size]
@@ -45,7 +45,7 @@ def inherit(student: nn.Module, teacher: nn.Module, data: Data, calls: Sequence[
         counts, skips = choices(graph, wanted)
         if not counts and not skips:
             return None
-        saliency = group_saliency(graph, data, list(calls), seed=seed)
+        saliency = CRITERIA["taylor"](Inputs(graph, data, calls, seed))
         widths = {name: kept_units(saliency[name].tolist(), count) for name, count in counts.items()}
         plan = Plan(graph.program.fingerprint, widths, skips)
         made = cut_sharing_values(teacher, graph, plan)

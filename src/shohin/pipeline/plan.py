@@ -21,8 +21,8 @@ from shohin.planning.loss import correct, loss_table
 from shohin.planning.options import GroupOptions, RegionOption
 from shohin.planning.resources import Costs
 from shohin.planning.widths import group_counts, plan_of
+from shohin.pruning.criteria import CRITERIA, Inputs
 from shohin.pruning.layerwise import refit
-from shohin.pruning.saliency import group_saliency
 from shohin.pruning.sensitivity import of_groups, of_regions
 from shohin.surgery import rewrite, view_of
 
@@ -70,7 +70,7 @@ def saliencies(job: Job, tick: Tick) -> dict[str, list[float]]:
     found: dict[str, list[float]] = job.run.once(
         "saliency",
         "",
-        lambda: {n: s.tolist() for n, s in group_saliency(job.graph, job.data, job.calibration, seed=job.seed, tick=tick).items()},
+        lambda: {n: s.tolist() for n, s in CRITERIA["taylor"](Inputs(job.graph, job.data, job.calibration, job.seed, tick)).items()},
     )
     return found
 

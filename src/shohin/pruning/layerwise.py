@@ -2,7 +2,8 @@
 
 One pass over the original keeps a bounded random sample of each layer's output; one pass over the cut program solves each
 layer by ridge least squares on its *actual* input, so later layers also correct what earlier ones left (ThiNet, Luo et al.
-2017; He et al. 2017). Batch normalization statistics can be taken anew in the same pass.
+2017; He et al. 2017). Rows that the model's outputs do not depend on (padding that a mask hides) are left out: they would
+outweigh the others. Batch normalization statistics can be taken anew in the same pass.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ from shohin.graph.units import kept_indices
 from shohin.plan import Plan
 from shohin.program import Program, family, interpret, joined_inputs
 from shohin.program.nodes import argument
-from shohin.pruning.reconstruct import LeastSquares
+from shohin.pruning.reach import picked
+from shohin.pruning.reconstruct import RIDGES, fitted
 from shohin.surgery import Rewritten
 
 CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
+#: most bytes of activations that are alive at once
+MEMORY = 1 << 30
 
 
 def refit(
@@ -37,9 +41,9 @@ def refit(
     *,
     weights: bool = True,
     statistics: bool = True,
-    rows: int = 4096,
-    samples: int = 256,
-    ridge: float = 1e-3,
+    rows: int = 16384,
+    samples: int = 1024,
+    ridges: Sequence[float] = RIDGES,
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """New values of the cut program's tensors.
@@ -50,9 +54,10 @@ def refit(
         calls: calibration batches.
         weights: refit convolutions and linear layers by least squares.
         statistics: take batch normalization statistics anew.
-        rows: sampled outputs for each layer.
-        samples: go through the cut program as one batch: the first ones of ``calls``.
-        ridge: towards the sliced weights, as a share of the mean input variance.
+        rows: most sampled outputs of each layer. Memory: these, of all layers, and one layer's second moments.
+        samples: most that go through the cut program as one batch, the first of ``calls``: fewer where their activations would
+            take more than `MEMORY`.
+        ridges: see `shohin.pruning.reconstruct.fitted`.
 
     Raises:
         DataError: if there is no calibration data or an activation is NaN.
@@ -60,21 +65,19 @@ def refit(
     if not calls:
         raise DataError("compensation needs calibration batches: give Data(train=loader)")
     program = graph.program
-    joined = joined_inputs(program, calls, samples)
-    layers = _layers(program, rewritten.graph)
-    wanted = _teacher_rows(graph, plan, layers, joined, rows, seed) if weights else {}
+    joined = joined_inputs(program, calls, max(2, min(samples, MEMORY // max(graph.memory().peak_bytes, 1))))
+    layers = _layers(program, rewritten.graph) if weights else {}
+    places = picked(graph, joined, layers, rows, seed)
+    wanted = _teacher_rows(graph, plan, joined, places)
     new = {name: t.detach().clone() for name, t in tensors.items()}
-    changed: set[str] = set()
 
     def visit(node: fx.Node, value: Any, args: tuple[Any, ...]) -> Any:
-        name = family(node)
         if node.name in wanted:
-            return _solve(program, node, args, new, wanted[node.name], rows, ridge, seed)
-        if statistics and name == "batch_norm" and node.args[5] is False:
+            return _solve(program, node, args, new, wanted.pop(node.name), places[node.name], ridges)
+        if statistics and family(node) == "batch_norm" and node.args[5] is False:
             mean_name, var_name = (program.names[a.name] for a in node.args[3:5] if isinstance(a, fx.Node))
             x = args[0]
             others = [d for d in range(x.dim()) if d != 1]
-            changed.add(mean_name)
             new[mean_name] = x.double().mean(others).to(x.dtype)
             new[var_name] = x.double().var(others).to(x.dtype)
             return torch.nn.functional.batch_norm(x, new[mean_name], new[var_name], args[1], args[2], False, 0.0, args[7])
@@ -85,82 +88,63 @@ def refit(
     return new
 
 
-def _layers(program: Program, graph: fx.Graph) -> set[str]:
-    """Layers that can be refitted: weights of the model that one ungrouped convolution or linear layer reads."""
-    found = set()
+def _layers(program: Program, graph: fx.Graph) -> dict[str, int]:
+    """Layer that can be refitted -> axis of its outputs: a weight of the model that one convolution or linear layer reads."""
+    found = {}
     for node in graph.nodes:
         if node.op != "call_function" or family(node) not in (*CONVOLUTIONS, "linear"):
             continue
         weight = node.args[1]
-        if not (isinstance(weight, fx.Node) and weight.name in program.names and len(weight.users) == 1):
-            continue
-        if family(node) in CONVOLUTIONS and (argument(node, 6, 1) != 1 or isinstance(argument(node, 4, 0), str)):
-            continue
-        found.add(node.name)
+        if isinstance(weight, fx.Node) and weight.name in program.names and len(weight.users) == 1:
+            found[node.name] = 1 if family(node) in CONVOLUTIONS else -1
     return found
 
 
-def _teacher_rows(graph: Graph, plan: Plan, layers: set[str], joined: tuple[Any, ...], rows: int, seed: int) -> dict[str, Tensor]:
-    """Layer -> sampled outputs (rows, kept outputs) of the original."""
+def _teacher_rows(graph: Graph, plan: Plan, joined: tuple[Any, ...], places: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Layer -> its outputs in the original, of the picked rows and the units that stay."""
     gone = graph.gone(plan)
     found: dict[str, Tensor] = {}
 
     def visit(node: fx.Node, value: Any, args: tuple[Any, ...]) -> Any:
         labels = graph.labels.get(node.name)
-        if node.name in layers and isinstance(labels, Labels):
+        if node.name in places and isinstance(labels, Labels) and len(places[node.name]):
             axis = 1 if family(node) in CONVOLUTIONS else value.dim() - 1
             kept = (kept_indices(labels.planes, gone) or {}).get(axis)
-            outputs = value.movedim(axis, -1)
-            flat = outputs.reshape(-1, outputs.shape[-1])
-            chosen = _chosen(len(flat), rows, node.name, seed)
-            flat = flat if chosen is None else flat[chosen]
+            flat = value.movedim(axis, -1).reshape(-1, value.shape[axis])[places[node.name]]
             found[node.name] = flat if kept is None else flat[:, torch.from_numpy(kept)]
         return value
 
-    with torch.no_grad():
-        interpret(graph.program, graph.program.graph, graph.program.tensors, joined, visit)
+    if places:
+        with torch.no_grad():
+            interpret(graph.program, graph.program.graph, graph.program.tensors, joined, visit)
     return found
 
 
-def _generator(name: str, seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed * 1000003 + sum(ord(c) * (i + 1) for i, c in enumerate(name)))
-
-
-def _chosen(count: int, limit: int, name: str, seed: int) -> Tensor | None:
-    if count <= limit:
-        return None
-    return torch.randperm(count, generator=_generator(name, seed))[:limit].sort().values
-
-
 def _solve(
-    program: Program, node: fx.Node, args: tuple[Any, ...], new: dict[str, Tensor], wanted: Tensor, rows: int, ridge: float, seed: int
+    program: Program,
+    node: fx.Node,
+    args: tuple[Any, ...],
+    new: dict[str, Tensor],
+    wanted: Tensor,
+    rows: Tensor,
+    ridges: Sequence[float],
 ) -> Tensor:
     x, weight = args[0], args[1]
     bias_node = argument(node, 2)
+    groups = 1
     if family(node) in CONVOLUTIONS:
-        dims = CONVOLUTIONS[family(node)]
-        strides, padding, dilation = (_each(argument(node, i, d), dims) for i, d in ((3, 1), (4, 0), (5, 1)))
-        x_rows, _ = conv_rows(x, Window(tuple(weight.shape[2:]), strides, padding, dilation), rows, _generator(node.name, seed))
+        stride, padding, dilation = (argument(node, i, d) for i, d in ((3, 1), (4, 0), (5, 1)))
+        groups = argument(node, 6, 1)
+        x_rows, _ = conv_rows(x, Window(tuple(weight.shape[2:]), stride, padding, dilation), at=rows)
     else:
-        flat = x.reshape(-1, x.shape[-1])
-        chosen = _chosen(len(flat), rows, node.name, seed)
-        x_rows = flat if chosen is None else flat[chosen]
-    system = LeastSquares(x_rows.shape[1], len(weight))
-    system.update(x_rows, wanted)
+        x_rows = x.reshape(-1, x.shape[-1])[rows]
     follows = [family(u) for u in node.users if u.op == "call_function"]
-    fitted, bias = system.solve(
-        weight, ridge, bias=isinstance(bias_node, fx.Node) or follows == ["batch_norm"]
-    )  # a norm takes the mean out
+    fits_bias = isinstance(bias_node, fx.Node) or follows == ["batch_norm"]  # a norm takes the mean out
+    found, bias = fitted(x_rows, wanted, weight, bias=fits_bias, groups=groups, ridges=ridges)
     name = program.names[node.args[1].name]  # type: ignore[union-attr, index]
-    new[name] = fitted
+    new[name] = found
     own = None
     if isinstance(bias_node, fx.Node) and bias is not None:
         own = new[program.names[bias_node.name]] = bias
-    args = (x, fitted, own, *args[3:])
-    result: Tensor = node.target(*args, **node.kwargs)  # type: ignore[operator]
+    result: Tensor = node.target(x, found, own, *args[3:], **node.kwargs)  # type: ignore[operator]
     return result
-
-
-def _each(value: Any, dims: int) -> list[int]:
-    values = [value] if isinstance(value, int) else list(value)
-    return values * dims if len(values) == 1 else values

@@ -21,6 +21,7 @@ from shohin.data import Call, Data, class_scores, first_output
 from shohin.errors import DataError
 from shohin.evidence.fisher import UnitSaliency, gate_gradients
 from shohin.graph import Graph
+from shohin.graph.kinds import contraction, static_nodes
 from shohin.graph.labels.core import Labels
 from shohin.program import call_inputs, family, interpret, restore_outputs
 
@@ -64,7 +65,7 @@ def group_saliency(
 
         with torch.enable_grad():
             outputs = restore_outputs(program, interpret(program, program.graph, tensors, call_inputs(program, call), feed=feed))
-            loss = _loss(outputs, call, data, generator)
+            loss = sampled_loss(outputs, call, data, generator)
             loss.backward()  # type: ignore[no-untyped-call]
         for group in graph.groups:
             gates: Tensor | None = None
@@ -86,13 +87,18 @@ def group_saliency(
 def _readers(graph: Graph) -> dict[str, dict[str, tuple[int, Tensor]]]:
     """Consuming node -> {group: (axis of its first argument, unit that owns each index, or -1)}.
 
-    A group that no layer with weights reads (the dims that queries and keys share) is gated at the product instead.
+    A group that no layer with weights reads (the dims that queries and keys share) is gated at the product instead. A depthwise
+    convolution passes a channel on: a gate there too would count it twice.
     """
     out: dict[str, dict[str, tuple[int, Tensor]]] = {}
+    static = static_nodes(graph)
     for families in (CONSUMERS, PRODUCTS):
         done = {group for rows in out.values() for group in rows}
         for node in graph.program.graph.nodes:
             if node.op != "call_function" or family(node) not in families:
+                continue
+            layer = contraction(node, static)
+            if layer is not None and layer.depthwise:
                 continue
             source = node.args[0]
             labels = graph.labels.get(source.name) if isinstance(source, fx.Node) else None
@@ -116,7 +122,7 @@ def _owner(labels: Labels, units: Sequence[np.ndarray], count: int) -> tuple[int
     return None
 
 
-def _loss(outputs: Any, call: Call, data: Data, generator: torch.Generator) -> Tensor:
+def sampled_loss(outputs: Any, call: Call, data: Data, generator: torch.Generator) -> Tensor:
     """The user's loss; without one, the likelihood of answers drawn from the model's own distribution."""
     if data.loss is not None or getattr(outputs, "loss", None) is not None:
         return data.batch_loss(outputs, call)

@@ -2,45 +2,76 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-from shohin.candidate import Candidate
+from shohin.budget import Budget
+from shohin.candidate import Candidate, Measurement
 from shohin.data import Data
 from shohin.errors import DataError, PlanError
+from shohin.targets import Target
 from shohin.verbs.common import calibration, checked, one_of, seeded, static_metrics, whole
+
+if TYPE_CHECKING:
+    from shohin.pruning.sparse import Pattern
+
+#: what a granularity that is no pattern of zeros may be
+UNITS = ("channel", "neuron", "head", "width", "depth")
+RECOVERIES = (None, "auto", "compensate", "distill")
 
 
 def prune(
     model: nn.Module,
     data: Data,
-    keep: float = 0.5,
+    keep: float | None = None,
     of: str = "macs",
-    criterion: str = "taylor",
-    granularity: str = "channel",
+    criterion: str | None = None,
+    granularity: str | Sequence[str] = "channel",
     recover: str | None = "auto",
     *,
+    budget: str | Budget | None = None,
+    target: str | Target = "onnxruntime",
+    allocation: str | None = None,
+    normalization: str | None = None,
     epochs: int = 5,
     align: int = 8,
     uniform: bool = False,
+    samples: int = 512,
     seed: int = 0,
+    out: str | Path | None = None,
 ) -> Candidate:
-    """Removes units so that at most ``keep`` of the model's ``of`` is left.
+    """Removes what contributes least so that at most ``keep`` of the model is left, or that it keeps a budget measured on a target.
 
     Args:
-        keep: share in (0, 1].
-        of: "macs" or "params".
-        criterion: "taylor" (expected loss of removal, needs batches) or "magnitude" (squared weights of the producing
-            slices; Data(example=(x,)) is enough).
-        granularity: "channel" (any unit group: channels, heads, neurons).
+        keep: share in (0, 1]; 0.5 if neither it nor a budget is given. Of sparse weights: the share that is not zero.
+        of: what ``keep`` is a share of: "macs" or "params". Sparse weights count elements.
+        criterion: what decides, of `shohin.pruning.criteria.CRITERIA` for units ("taylor" by default; "magnitude" needs no batches),
+            "divergence" (default) or "cosine" for depth, of `shohin.pruning.sparse.CRITERIA` for sparse weights ("auto" by default: exact OBS where it is quick, else SparseGPT).
+        granularity: what goes: "channel" (any unit: channels, neurons, heads, widths), "neuron" (of feed-forward layers), "head"
+            (attention heads; with their keys and values where queries share them), "width" (of a transformer's residual stream), "depth"
+            (regions and layers), several of these, or zeros in the weights, which stay as large: "unstructured", "N:M" as "2:4", or
+            "block RxC" as "block 1x8". A file holds sparse weights packed; whether a runtime is faster for them shows when it is measured.
         recover: None; "compensate" (layer-wise least squares and new normalization statistics, unlabelled batches);
-            "distill" (that, then ``epochs`` of distillation from the original); or "auto": "compensate" if ``data`` has
+            "distill" (that, then ``epochs`` of distillation from the original, zeros held); or "auto": "compensate" if ``data`` has
             batches, else None.
+        budget: instead of ``keep``: bounds such as ``"latency <= 50 %"`` that hold on ``target``, planned on timings of whole models
+            (`shohin.optimize` with pruning alone). The candidate has its file and what was measured.
+        target: of the budget.
+        allocation: how much goes where. Units: "planned" (default; least loss by exact programs), "sensitivity" (the same, tables scaled to
+            what cutting each group alone really does), "uniform", "global". Sparse weights: "uniform" (default), "global", "erk", "lamp",
+            "sensitivity".
+        normalization: which units compete, for "global": "global" (default), "mean" or "max" (of scores divided by their group's),
+            "isomorphic" (only groups of the same structure), "none" (each group by itself).
         align: kept channels are multiples of this.
         uniform: for a model of Hugging Face ``transformers``: the same share in all layers, which its configuration can express,
             so that ``save_pretrained`` and ``from_pretrained`` work. ``align`` is not used then.
+        samples: of the calibration batches.
         seed: of everything random, the order of the loaders too.
+        out: a folder for the pruned weights (sparse ones packed); with a budget the run's, which can be resumed.
 
     Returns:
         A candidate with ``.plan``, ``.model`` and ``.removed``.
@@ -48,53 +79,85 @@ def prune(
     Raises:
         PlanError: for an unknown option, or a share that the model's groups cannot reach.
         DataError: if batches are needed and there are none.
+        BudgetError: for a budget that cannot be read.
     """
-    from shohin.pipeline.compensate import compensate
-    from shohin.pipeline.share import magnitudes, uniform_cut, widths_within
-    from shohin.pruning.saliency import group_saliency
-    from shohin.surgery import cut_sharing_values
+    from shohin.pipeline.pruned import Wish, prune_units, prune_weights
 
     one_of("of", of, ("macs", "params"))
-    one_of("criterion", criterion, ("taylor", "magnitude"))
-    one_of("granularity", granularity, ("channel",))
-    one_of("recover", recover, (None, "auto", "compensate", "distill"))
-    if not 0 < keep <= 1:
+    one_of("recover", recover, RECOVERIES)
+    if keep is not None and not 0 < keep <= 1:
         raise PlanError(f"keep must be a share in (0, 1]; got {keep}")
+    kinds, pattern = _granularity(granularity, keep)
+    checked(data)
+    if budget is not None:
+        if keep is not None:
+            raise PlanError("give keep= or budget=, not both")
+        given = {"criterion": criterion, "allocation": allocation, "normalization": normalization}
+        named = next((name for name, value in given.items() if value is not None), "granularity" if kinds != ("channel",) else "")
+        if named or uniform:
+            raise PlanError(f"a budget is planned on the target, over all units: {named or 'uniform'}= has nothing to decide")
+        return _within(model, data, budget, target, recover, seed, out)
+    share = 0.5 if keep is None else keep
+    wish = Wish(share, of, criterion, kinds, pattern, allocation, normalization, align, uniform, epochs, seed)
+    wish.check(data.has_batches)
     if recover == "auto":
-        recover = "compensate" if checked(data).has_batches else None
-    if not checked(data).has_batches:
-        if criterion == "taylor":
-            raise DataError("criterion='taylor' needs batches: give Data(train=loader), or criterion='magnitude'")
-        if recover is not None:
-            raise DataError(f"recover={recover!r} needs batches: give Data(train=loader), or recover=None")
+        recover = "compensate" if data.has_batches else None
+    if recover is not None and not data.has_batches:
+        raise DataError(f"recover={recover!r} needs batches: give Data(train=loader), or recover=None")
     with seeded(data, seed):
         graph = whole(model, data)
-        calls = calibration(data, seed) if data.has_batches else []
-        if criterion == "taylor":
-            saliency = {n: s.tolist() for n, s in group_saliency(graph, data, calls, seed=seed).items()}
-        else:
-            saliency = magnitudes(graph)
-        if uniform:
-            plan, left, made = uniform_cut(model, graph, keep, of, saliency)
-        else:
-            plan, left = widths_within(graph, keep, of, align, saliency)
-            made = cut_sharing_values(model, graph, plan)
-        notes: dict[str, Any] = {
-            "form": made.form,
-            "form_reason": made.reason,
-            "proof": made.proof.error,
-            "left": left,
-        }
-        if recover is not None and not plan.is_identity:
-            compensate(made, graph, plan, calls, seed)
-        if recover == "distill" and not plan.is_identity:
-            notes["training"] = _distilled(made.model, model, data, epochs, seed)
-        return Candidate("pruned", plan, made.model, None, {}, None, static_metrics(graph, plan, made.model), notes, made.removed)
+        calls = calibration(data, seed, samples) if data.has_batches else []
+        made = (prune_units if pattern is None else prune_weights)(model, graph, data, calls, wish, recover)
+        metrics = static_metrics(graph, made.plan, made.model)
+        artifact = None
+        if out is not None or pattern is not None:
+            stored, artifact = _stored(made.model, out)
+            metrics = replace(metrics, size_bytes=stored)
+        return Candidate("pruned", made.plan, made.model, None, {}, artifact, metrics, made.notes, made.removed)
 
 
-def _distilled(student: nn.Module, teacher: nn.Module, data: Data, epochs: int, seed: int) -> dict[str, Any]:
-    from shohin.distillation import distill as distill_
-    from shohin.training import TrainConfig
+def _within(
+    model: nn.Module, data: Data, budget: str | Budget, target: str | Target, recover: str | None, seed: int, out: str | Path | None
+) -> Candidate:
+    """The best candidate of `shohin.optimize` that only prunes."""
+    from shohin.pipeline import optimize
 
-    result = distill_(student, teacher, data, config=TrainConfig(epochs=epochs, lr=2e-3, seed=seed), alpha=0.2 if data.has_labels else 0.0)
-    return result.to_json()
+    methods = ("prune", "distill") if recover == "distill" else ("prune",)
+    if recover is None:
+        raise PlanError("with a budget candidates are built to be measured, and compensated: recover=None is for keep=")
+    found = optimize(model, data, target, budget, out=out, seed=seed, methods=methods, progress=False)
+    return found.best
+
+
+def _stored(model: nn.Module, out: str | Path | None) -> tuple[Measurement, Path | None]:
+    """Bytes of the weights on disk, zeros packed, and their file if there is a folder for it."""
+    from shohin.pruning import sparse
+
+    how = "measured: weights on disk, zeros packed"
+    if out is None:
+        return Measurement(float(sparse.stored_bytes(model)), how), None
+    path = Path(out) / "weights.safetensors"
+    return Measurement(float(sparse.write(path, model)), how), path
+
+
+def _granularity(given: str | Sequence[str], keep: float | None) -> tuple[tuple[str, ...], Pattern | None]:
+    """Kinds of units, or a pattern of zeros that leaves ``keep``."""
+    from shohin.pruning.sparse import Pattern
+
+    names = (given,) if isinstance(given, str) else tuple(given)
+    if names and all(name in UNITS for name in names):
+        return names, None
+    text = names[0] if len(names) == 1 and isinstance(names[0], str) else ""
+    zeros = 1 - (0.5 if keep is None else keep)
+    try:
+        if text == "unstructured" or (text.startswith("block ") and len(text.split()) == 2):
+            return (), Pattern.parse(f"{text} {zeros}")
+        pattern = Pattern.parse(text)
+    except PlanError:
+        raise PlanError(
+            f"granularity={given!r} is not known; one or more of {', '.join(map(repr, UNITS))}, or zeros: 'unstructured', 'N:M' such as '2:4', "
+            "'block RxC' such as 'block 1x8'"
+        ) from None
+    if keep is not None and abs(pattern.zeros - zeros) > 1e-9:
+        raise PlanError(f"granularity={given!r} keeps {1 - pattern.zeros:g} of the weights; it contradicts keep={keep}")
+    return (), pattern

@@ -1,0 +1,78 @@
+"""Which rows of a layer's output reach the model's outputs: padding that a mask hides does not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from shohin.graph import Graph
+from shohin.program import interpret
+
+#: samples of one backward pass
+CHUNK = 64
+
+
+def picked(graph: Graph, joined: tuple[Any, ...], layers: Mapping[str, int], limit: int, seed: int = 0) -> dict[str, Tensor]:
+    """Layer -> at most ``limit`` random rows of its output that are `reached`, as ascending indices."""
+    return {name: _drawn(mask.nonzero()[:, 0], limit, name, seed) for name, mask in reached(graph, joined, layers, seed).items()}
+
+
+def _drawn(rows: Tensor, limit: int, name: str, seed: int) -> Tensor:
+    if len(rows) <= limit:
+        return rows
+    generator = torch.Generator().manual_seed(seed * 1000003 + sum(ord(c) * (i + 1) for i, c in enumerate(name)))
+    return rows[torch.randperm(len(rows), generator=generator)[:limit]].sort().values
+
+
+def reached(graph: Graph, joined: tuple[Any, ...], layers: Mapping[str, int], seed: int = 0) -> dict[str, Tensor]:
+    """Layer -> boolean for each row of its output: a random combination of the model's outputs has a gradient there.
+
+    Where the first samples use every row the others are taken to do so too.
+
+    Args:
+        joined: inputs of the program, all samples in one batch.
+        layers: node name -> axis of its output's features; all others are rows.
+    """
+    batch = next((x.shape[0] for x in joined if isinstance(x, Tensor) and x.dim()), 1)
+    parts: dict[str, list[Tensor]] = {name: [] for name in layers}
+    for start in range(0, batch, CHUNK):
+        chunk = tuple(x[start : start + CHUNK] if isinstance(x, Tensor) and x.dim() else x for x in joined)
+        found = _rows(graph, chunk, layers, seed)
+        if start == 0 and all(bool(rows.all()) for rows in found.values()):
+            share = {name: len(rows) // max(1, min(CHUNK, batch)) for name, rows in found.items()}
+            return {name: torch.ones(share[name] * batch, dtype=torch.bool) for name in found}
+        for name, rows in found.items():
+            parts[name].append(rows)
+    return {name: torch.cat(rows) for name, rows in parts.items() if rows}
+
+
+def _rows(graph: Graph, inputs: tuple[Any, ...], layers: Mapping[str, int], seed: int) -> dict[str, Tensor]:
+    program = graph.program
+    taken: dict[str, Tensor] = {}
+
+    def visit(node: fx.Node, value: Any, args: tuple[Any, ...]) -> Any:
+        if node.name in layers:
+            taken[node.name] = value = value.detach().requires_grad_() if not value.requires_grad else value
+        return value
+
+    tensors = {n: t.detach().clone().requires_grad_(n in program.trainable and t.is_floating_point()) for n, t in program.tensors.items()}
+    with torch.enable_grad():
+        outputs = interpret(program, program.graph, tensors, inputs, visit)
+        generator = torch.Generator().manual_seed(seed)
+        total: Any = 0.0
+        for out in pytree.tree_leaves(outputs):
+            if isinstance(out, Tensor) and out.is_floating_point() and out.requires_grad:
+                total = total + (out * torch.randn(out.shape, generator=generator, dtype=out.dtype)).sum()
+        grads = torch.autograd.grad(total, list(taken.values()), allow_unused=True) if isinstance(total, Tensor) else [None] * len(taken)
+    return {
+        name: _any(torch.zeros_like(taken[name]) if grad is None else grad, layers[name]) for name, grad in zip(taken, grads, strict=True)
+    }
+
+
+def _any(gradient: Tensor, axis: int) -> Tensor:
+    last = gradient.movedim(axis, -1)
+    return (last.reshape(-1, last.shape[-1]) != 0).any(1)
