@@ -189,12 +189,64 @@ def test_prune_by_magnitude_needs_no_data_and_keeping_all_changes_nothing(task: 
         ({"budget": "latency <= 50 %", "keep": 0.5}, "keep= or budget="),
         ({"budget": "latency <= 50 %", "criterion": "obs"}, "criterion= has nothing to decide"),
         ({"recover": "finetune"}, "recover='finetune' is not known; one of None"),
-        ({"keep": 0.001}, "keep=0.001 of macs cannot be reached"),
+        ({"keep": 0.001}, "keep=0.001 of macs cannot be reached.*multiples of 8.*is keep=0.12"),
+        ({"keep": 40}, r"got 40: for 40 % write keep=0.4"),
+        ({"keep": True}, "keep must be a share"),
+        ({"keep": "half"}, "keep must be a share.*got 'half'"),
+        ({"align": 0}, "align must be a whole number, at least 1; got 0"),
+        ({"samples": 2.5}, "samples must be a whole number"),
+        ({"epochs": -1}, "epochs must be a whole number, at least 0"),
+        ({"granularity": 3}, "granularity=3 is not known"),
+        ({"granularity": "unstructurd"}, "did you mean 'unstructured'"),
+        ({"criterion": 7}, "criterion=7 is not known"),
+        ({"criterion": "sparsegpt"}, "decides about zeros.*not about units"),
+        ({"granularity": "2:4", "criterion": "obd"}, "decides about units.*not about zeros"),
+        ({"granularity": "depth"}, r"by skipping blocks \(/add.0\): the least that can be left is keep=0.8; add another granularity"),
+        ({"budget": "latency <= 50 %", "align": 16}, "align= has nothing to decide"),
+        ({"budget": "latency <= 50 %", "of": "params"}, "of= has nothing to decide"),
     ],
 )
 def test_prune_says_what_cannot_be(task: Task, options: dict[str, Any], said: str) -> None:
     with pytest.raises(PlanError, match=said):
         shohin.prune(task.model, task.data, **options)
+
+
+def test_prune_finds_a_file_where_its_folder_should_be_before_it_works(task: Task, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    for out in (tmp_path / "taken", tmp_path / "taken" / "deeper"):
+        with pytest.raises(RunError, match=r"should be a folder, but .*taken is a file"):
+            shohin.prune(task.model, task.data, out=out)
+    with pytest.raises(RunError, match="out is a folder, not int"):
+        shohin.prune(task.model, task.data, out=3)  # type: ignore[arg-type]
+
+
+def test_prune_names_data_that_give_no_answers(task: Task) -> None:
+    x, y = images(16, 4)
+    x[3] = torch.nan
+    with pytest.raises(DataError, match="calibration batches hold NaN or Inf"):
+        shohin.prune(task.model, Data(train=[(x, y)], validation=[images(16, 5)]), keep=0.5)
+
+
+@pytest.mark.parametrize("allocation", ["planned", "uniform", "global"])
+def test_a_share_of_the_parameters_holds_where_a_weight_is_shared(allocation: str) -> None:
+    """Tables count a tied weight at each of its uses; what is left is counted once."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.up, self.down = nn.Embedding(64, 32), nn.Linear(32, 64), nn.Linear(64, 32)
+            self.out = nn.Linear(32, 64, bias=False)
+            self.out.weight = self.words.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.words(ids)
+            return self.out(x + self.down(torch.relu(self.up(x))))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model, ids = Tied(), torch.randint(64, (8, 6))
+    found = shohin.prune(model, Data(example=(ids,)), 0.5, "params", "magnitude", allocation=allocation, align=2)
+    left = sum(p.numel() for p in found.model.parameters()) / sum(p.numel() for p in model.parameters())  # type: ignore[union-attr]
+    assert 0.25 < left <= 0.5 and found.notes["left"] == pytest.approx(left)
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,18 @@ def test_refitting_wins_back_what_slicing_lost(statistics: bool) -> None:
     assert divergence(model, module, fresh) < 0.5 * sliced
 
 
+def test_refitting_without_layers_takes_new_statistics_alone() -> None:
+    model, data, x = residual_task()
+    graph = understand(model, (x[:2],))
+    plan = Plan(graph.program.fingerprint, {"a.weight": tuple(range(0, 24, 2))})
+    rewritten = rewrite(graph, plan)
+    before = dict(view_of(graph, rewritten).state_dict())
+    values = refit(graph, plan, rewritten, before, list(data.calls("train")), weights=False, statistics=True)
+    changed = {name for name, value in values.items() if not torch.equal(value, before[name])}
+    assert changed == {"n.running_mean", "n.running_var"}
+    assert reached(graph, joined_inputs(graph.program, list(data.calls("train")), 8), {}) == {}
+
+
 def test_refitting_is_exact_where_removed_channels_are_copies_of_kept_ones() -> None:
     model, data, x = residual_task()
     with torch.no_grad():

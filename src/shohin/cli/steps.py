@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shohin.cli import options
-from shohin.cli.guard import console, guarded
+from shohin.cli.guard import UNMET, console, guarded
+from shohin.cli.jobs import show
 from shohin.cli.taskfile import PAIR, checked_path, load_task
 from shohin.errors import PlanError
 
@@ -18,10 +19,52 @@ if TYPE_CHECKING:
     from shohin.data import Data
     from shohin.targets import Target
 
-Keep = Annotated[float, typer.Option("--keep", help="Share that is left, in (0, 1].")]
-Of = Annotated[str, typer.Option("--of", help="Of what: macs or params.")]
-Criterion = Annotated[str, typer.Option("--criterion", help="taylor (needs batches) or magnitude.")]
-Granularity = Annotated[str, typer.Option("--granularity", help="What is removed at a time: channel (or head, neuron).")]
+Keep = Annotated[float | None, typer.Option("--keep", help="Share that is left, in (0, 1]; 0.5 without a budget.", show_default=False)]
+Of = Annotated[str, typer.Option("--of", help="Of what: macs or params. Zeros count elements.")]
+Criterion = Annotated[
+    str | None,
+    typer.Option(
+        "--criterion",
+        metavar="NAME",
+        help="What decides. Units: taylor (default), first_order, obd, obs, obs_greedy, layer_obs, wanda, activation, apoz; without batches "
+        "magnitude, magnitude_l1, norm_scale, geometric_median, random. Depth alone: divergence (default), cosine. Zeros: auto "
+        "(default), sparsegpt, obc, wanda, taylor, fisher; without batches magnitude, lamp, random.",
+    ),
+]
+Granularity = Annotated[
+    str,
+    typer.Option(
+        "--granularity",
+        metavar="LIST",
+        help="What goes: channel (any unit), neuron, head, width, depth, or several of these as 'head,neuron'; or zeros: unstructured, "
+        "N:M as '2:4', or blocks as 'block 1x8'.",
+    ),
+]
+Allocation = Annotated[
+    str | None,
+    typer.Option(
+        "--allocation",
+        metavar="NAME",
+        help="How much goes where. Units: planned (default), sensitivity, uniform, global. Zeros: uniform (default), global, erk, lamp, "
+        "sensitivity.",
+    ),
+]
+Normalization = Annotated[
+    str | None,
+    typer.Option(
+        "--normalization",
+        metavar="NAME",
+        help="Which units compete, for --allocation global: global (default), mean, max, isomorphic, none.",
+    ),
+]
+PruneBudget = Annotated[
+    str | None,
+    typer.Option(
+        "--budget", metavar="TEXT", help="Instead of --keep: bounds that hold on the target, for example 'latency <= 50 %, drop <= 1 %'."
+    ),
+]
+Align = Annotated[int, typer.Option("--align", min=1, help="Kept channels are multiples of this.")]
+Samples = Annotated[int, typer.Option("--samples", min=1, help="Of the calibration batches.")]
 Recover = Annotated[str, typer.Option("--recover", help="auto, none, compensate, or distill.")]
 Epochs = Annotated[int, typer.Option("--epochs", min=1, help="Passes over the training batches.")]
 Format = Annotated[str, typer.Option("--format", help="Of every layer: int8 or float32.")]
@@ -67,27 +110,73 @@ def profile(
 
 def prune(
     task: options.TaskFile,
-    keep: Keep = 0.5,
+    keep: Keep = None,
     of: Of = "macs",
-    criterion: Criterion = "taylor",
+    criterion: Criterion = None,
     granularity: Granularity = "channel",
     recover: Recover = "auto",
+    allocation: Allocation = None,
+    normalization: Normalization = None,
+    budget: PruneBudget = None,
+    align: Align = 8,
+    samples: Samples = 512,
     epochs: Epochs = 5,
     target: options.TargetName = "onnxruntime",
     out: options.OutFolder = None,
     seed: options.Seed = 0,
     debug: options.Debug = False,
 ) -> None:
-    """Remove channels, heads and neurons until a share of the model is left; write the smaller model and its file."""
-    with guarded(debug, task):
+    """Remove channels, heads, neurons, layers or single weights until a share of the model is left; write the weights and the file.
+
+    With a budget: exit code 3 if it cannot be met; the same command on the same folder resumes a run that was stopped.
+    """
+    folder = out if out is not None else options.dated("prune")
+    with guarded(debug, task, folder if budget is not None else None, "" if out is not None else f"--out {folder}"):
         checked_path(task)
-        goal, folder = options.the_target(target, 1, 1), options.free_folder(out, "prune")
+        from shohin.budget import Budget
+
+        goal = options.the_target(target, 1, 1)
+        if budget is None:
+            options.free_folder(folder, "prune")
+        else:
+            Budget.parse(budget)
+        names = tuple(n.strip() for n in granularity.split(","))
         values = load_task(task, seed)
         from shohin.verbs import prune
 
-        how = None if recover.lower() == "none" else recover
-        made = prune(values["model"], values["data"], keep, of, criterion, granularity, how, epochs=epochs, seed=seed)
-        _deliver(made, values["data"], goal, folder)
+        made = prune(
+            values["model"],
+            values["data"],
+            keep,
+            of,
+            criterion,
+            names[0] if len(names) == 1 else names,
+            None if recover.lower() == "none" else recover,
+            budget=budget,
+            target=goal,
+            allocation=allocation,
+            normalization=normalization,
+            epochs=epochs,
+            align=align,
+            samples=samples,
+            seed=seed,
+            out=None if budget is None else folder,
+        )
+        if budget is None:
+            _deliver(made, values["data"], goal, folder)
+    if budget is not None:
+        _told(folder, debug)
+
+
+def _told(folder: Path, debug: bool) -> None:
+    """What came of a budget, as `shohin optimize` says it."""
+    with guarded(debug):
+        from shohin.pipeline import load
+
+        result = load(folder)
+        show(result)
+    if not result.met:
+        raise typer.Exit(UNMET)
 
 
 def quantize(
@@ -165,7 +254,9 @@ def export(
 
 
 def _deliver(made: Candidate, data: Data, target: Target, folder: Path) -> None:
-    """Exports a candidate into a folder: model.onnx, model.safetensors, and candidate.json with plan, metrics and checksums."""
+    """Exports a candidate into a folder: model.onnx, model.safetensors (sparse weights packed: weights.safetensors), and candidate.json
+    with plan, metrics and checksums.
+    """
     from torch import Tensor
 
     from shohin.pipeline.ship import candidate_json
@@ -175,10 +266,17 @@ def _deliver(made: Candidate, data: Data, target: Target, folder: Path) -> None:
     shipped = export(made, data, target, folder / "model.onnx")
     known: dict[str, Any] = {**made.metrics.to_json(), **shipped.metrics.to_json()}
     shipped.metrics = type(shipped.metrics).from_json(known)
-    if made.model is not None:
+    packed = folder / "weights.safetensors"
+    if made.model is not None and made.plan.sparsity:
+        from shohin.pruning import sparse
+
+        sparse.write(packed, made.model)
+    elif made.model is not None:
         write_tensors(folder / "model.safetensors", {k: v for k, v in made.model.state_dict().items() if isinstance(v, Tensor)})
     write_json(folder / "candidate.json", candidate_json(shipped))
     _show(shipped, folder)
+    if packed.exists():
+        console().print(f"weights with their zeros packed: {packed}, {packed.stat().st_size} bytes", soft_wrap=True)
 
 
 def _show(made: Candidate, where: Path | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -15,6 +15,7 @@ from shohin.data import Call, Data
 from shohin.distillation import distill
 from shohin.errors import DataError, PlanError, closest
 from shohin.evidence import Divergence
+from shohin.evidence.divergence import answers
 from shohin.graph import Graph
 from shohin.graph.kinds import kind
 from shohin.pipeline.compensate import compensate
@@ -27,7 +28,7 @@ from shohin.pruning import sparse
 from shohin.pruning.criteria import CRITERIA, Inputs
 from shohin.pruning.criteria.blocks import BLOCK_CRITERIA
 from shohin.pruning.normalization import WAYS, normalize
-from shohin.surgery import cut_sharing_values
+from shohin.surgery import cut_sharing_values, view
 from shohin.training import TrainConfig
 
 
@@ -77,8 +78,10 @@ class Wish:
             ("allocation", self.allocation, allocations),
             ("normalization", self.normalization, WAYS),
         ):
-            if value is not None and value not in allowed:
-                raise PlanError(f"{name}={value!r} is not known; one of {', '.join(map(repr, allowed))}{closest(value, allowed)}")
+            if value is not None and (not isinstance(value, str) or value not in allowed):
+                known = f"one of {', '.join(map(repr, allowed))}"
+                other = self._elsewhere(value) if name == "criterion" else ""
+                raise PlanError(f"{name}={value!r} {other or 'is not known'}; {known}{'' if other else closest(str(value), allowed)}")
         if self.normalization is not None and self.allocation != "global":
             raise PlanError("normalization= says which units compete, for allocation='global'")
         if self.pattern is not None and self.pattern.kind == "n:m" and self.allocation not in (None, "uniform"):
@@ -91,6 +94,17 @@ class Wish:
         if not has_batches and not (free and self.allocation != "sensitivity"):
             what = f"criterion={self.scored_by!r}" if not free else "allocation='sensitivity'"
             raise DataError(f"{what} needs batches: give Data(train=loader), or criterion='magnitude'")
+
+    def _elsewhere(self, criterion: object) -> str:
+        """What a criterion of another granularity is for, or ""."""
+        families = (
+            (sparse.CRITERIA, "decides about zeros (granularity='unstructured', '2:4'...)"),
+            (CRITERIA, "decides about units (granularity='channel', 'neuron', 'head', 'width')"),
+            (BLOCK_CRITERIA, "decides about depth (granularity='depth')"),
+        )
+        asked = "zeros" if self.pattern is not None else "units" if self.units else "depth"
+        found = next((why for names, why in families if isinstance(criterion, str) and criterion in names), "")
+        return f"{found}, not about {asked}" if found else ""
 
     def _needs_weights_alone(self) -> bool:
         return bool(self.units) and not self.blocks and CRITERIA[self.scored_by].needs == "weights"
@@ -123,7 +137,7 @@ def prune_units(model: nn.Module, graph: Graph, data: Data, calls: Sequence[Call
         with clock.step("cut"):
             plan, left, made = uniform_cut(model, graph, wish.keep, wish.of, scores)
     else:
-        plan = _planned(model, graph, data, calls, wish, clock)
+        plan = _planned(graph, data, calls, wish, clock)
         left = share_left(graph, plan, wish.of)
         with clock.step("cut"):
             made = cut_sharing_values(model, graph, plan)
@@ -137,16 +151,9 @@ def prune_units(model: nn.Module, graph: Graph, data: Data, calls: Sequence[Call
     return Pruned(plan, made.model, {**notes, "seconds": clock.seconds}, made.removed)
 
 
-def _planned(model: nn.Module, graph: Graph, data: Data, calls: Sequence[Call], wish: Wish, clock: _Clock) -> Plan:
-    share = Share(wish.keep, wish.of)
-    divergence = Divergence(model, calls) if calls and (wish.blocks or wish.allocation == "sensitivity") else None
-    if not wish.units:
-        with clock.step("score"):
-            losses = BLOCK_CRITERIA[wish.scored_by](Inputs(graph, data, calls, wish.seed)).scores
-        with clock.step("plan"):
-            again = divergence if wish.scored_by == "divergence" else None
-            return Plan(graph.program.fingerprint, {}, choose_blocks(graph, share, losses, again))
-    if "channel" not in wish.units:
+def _planned(graph: Graph, data: Data, calls: Sequence[Call], wish: Wish, clock: _Clock) -> Plan:
+    share, whole = Share(wish.keep, wish.of), Plan(graph.program.fingerprint)
+    if wish.units and "channel" not in wish.units:
         kinds = {g.name: kind(graph, g) for g in graph.groups}
         chosen = [name for name, k in kinds.items() if k in wish.units]
         if not chosen:
@@ -154,6 +161,20 @@ def _planned(model: nn.Module, graph: Graph, data: Data, calls: Sequence[Call], 
                 f"the model has no {' or '.join(wish.units)} to remove; it has: {', '.join(sorted(set(kinds.values()))) or 'none'}"
             )
         graph = graph.only(chosen)
+    if wish.keep >= 1:
+        return whole
+    if not (graph.groups and wish.units) and not (graph.skippable and wish.blocks):
+        frozen = ", ".join(f"{f.address} ({f.reason})" for f in graph.frozen[:4])
+        raise PlanError(f"the model has no {' or '.join(wish.kinds)} to remove" + (f"; frozen: {frozen}" if frozen else ""))
+    divergence = Divergence(view(graph, whole), calls) if calls and (wish.blocks or wish.allocation == "sensitivity") else None
+    if not wish.units:
+        with clock.step("score"):
+            found = BLOCK_CRITERIA[wish.scored_by](Inputs(graph, data, calls, wish.seed))
+            if not found.scores:
+                raise DataError("no block has a score: " + "; ".join(f"{n}: {why}" for n, why in list(found.left_out.items())[:4]))
+        with clock.step("plan"):
+            again = divergence if wish.scored_by == "divergence" else None
+            return Plan(graph.program.fingerprint, {}, choose_blocks(graph, share, found.scores, again))
     with clock.step("score"):
         scores = _unit_scores(graph, data, calls, wish)
     with clock.step("plan"):
@@ -172,7 +193,12 @@ def _planned(model: nn.Module, graph: Graph, data: Data, calls: Sequence[Call], 
 
 
 def _unit_scores(graph: Graph, data: Data, calls: Sequence[Call], wish: Wish) -> dict[str, Tensor]:
-    return CRITERIA[wish.scored_by](Inputs(graph, data, calls, wish.seed))
+    try:
+        return CRITERIA[wish.scored_by](Inputs(graph, data, calls, wish.seed))
+    except RuntimeError as error:  # answers cannot be drawn from NaN
+        if calls and not all(bool(a.isfinite().all()) for a in answers(view(graph, Plan(graph.program.fingerprint)), calls)):
+            raise DataError("the model's answers on the calibration batches hold NaN or Inf: look for them in the data") from error
+        raise
 
 
 def prune_weights(model: nn.Module, graph: Graph, data: Data, calls: Sequence[Call], wish: Wish, recover: str | None) -> Pruned:
@@ -183,22 +209,27 @@ def prune_weights(model: nn.Module, graph: Graph, data: Data, calls: Sequence[Ca
     with clock.step("plan"):
         patterns, dense = sparse.patterns_for(graph, wish.pattern)
         if not patterns:
-            raise PlanError(f"no weight can be {wish.pattern}: " + "; ".join(f"{n}: {why}" for n, why in list(dense.items())[:4]))
-        patterns = sparse.allocated(graph, calls, patterns, wish.allocation or "uniform", seed=wish.seed)
+            why = "; ".join(f"{n}: {why}" for n, why in list(dense.items())[:4]) or "the model has no weights"
+            raise PlanError(f"no weight can be {wish.pattern}: {why}")
+        if wish.pattern.zeros:
+            patterns = sparse.allocated(graph, calls, patterns, wish.allocation or "uniform", seed=wish.seed)
+        able = list(patterns)
+        dense |= {n: "all of it stays by the allocation" for n, p in patterns.items() if not p.zeros}
+        patterns = {n: p for n, p in patterns.items() if p.zeros}
     with clock.step("sparsify"):
         update = recover is not None
         values = sparse.sparsify(graph, calls, patterns, criterion=wish.scored_by, update=update, data=data, seed=wish.seed)
     made = deepcopy(model)
     load_tensors(made, values)
     plan = Plan(graph.program.fingerprint, sparsity={name: str(pattern) for name, pattern in patterns.items()})
-    notes: dict[str, Any] = {"left": _density(made, patterns), "criterion": wish.scored_by, "dense": dense}
-    if recover == "distill":
+    notes: dict[str, Any] = {"left": _density(made, able), "criterion": wish.scored_by, "dense": dense}
+    if recover == "distill" and patterns:
         with clock.step("distill"), sparse.masked(made, plan):
             notes["training"] = _distilled(made, model, data, wish)
     return Pruned(plan, made, {**notes, "seconds": clock.seconds})
 
 
-def _density(model: nn.Module, names: Mapping[str, Any]) -> float:
+def _density(model: nn.Module, names: Collection[str]) -> float:
     """Share of the elements of these weights that is not zero."""
     weights = [p for n, p in model.named_parameters(remove_duplicate=False) if n in names]
     return sum(int(w.count_nonzero()) for w in weights) / max(sum(w.numel() for w in weights), 1)

@@ -30,6 +30,8 @@ from shohin.surgery import Rewritten
 CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
 #: most bytes of activations that are alive at once
 MEMORY = 1 << 30
+#: rows of a layer for each of its inputs, and the fewest: more change little
+ROWS_EACH, FEWEST = 16, 2048
 
 
 def refit(
@@ -54,7 +56,7 @@ def refit(
         calls: calibration batches.
         weights: refit convolutions and linear layers by least squares.
         statistics: take batch normalization statistics anew.
-        rows: most sampled outputs of each layer. Memory: these, of all layers, and one layer's second moments.
+        rows: most sampled outputs of each layer, fewer where it has few inputs. Memory: these, of all layers, and one layer's second moments.
         samples: most that go through the cut program as one batch, the first of ``calls``: fewer where their activations would
             take more than `MEMORY`.
         ridges: see `shohin.pruning.reconstruct.fitted`.
@@ -67,7 +69,8 @@ def refit(
     program = graph.program
     joined = joined_inputs(program, calls, max(2, min(samples, MEMORY // max(graph.memory().peak_bytes, 1))))
     layers = _layers(program, rewritten.graph) if weights else {}
-    places = picked(graph, joined, layers, rows, seed)
+    limits = {node: min(rows, max(FEWEST, ROWS_EACH * tensors[weight][0].numel())) for node, (weight, _) in layers.items()}
+    places = picked(graph, joined, {node: axis for node, (_, axis) in layers.items()}, limits, seed)
     wanted = _teacher_rows(graph, plan, joined, places)
     new = {name: t.detach().clone() for name, t in tensors.items()}
 
@@ -88,15 +91,15 @@ def refit(
     return new
 
 
-def _layers(program: Program, graph: fx.Graph) -> dict[str, int]:
-    """Layer that can be refitted -> axis of its outputs: a weight of the model that one convolution or linear layer reads."""
+def _layers(program: Program, graph: fx.Graph) -> dict[str, tuple[str, int]]:
+    """Layer that can be refitted -> (its weight, which it alone reads, axis of its outputs): convolutions and linear layers."""
     found = {}
     for node in graph.nodes:
         if node.op != "call_function" or family(node) not in (*CONVOLUTIONS, "linear"):
             continue
         weight = node.args[1]
         if isinstance(weight, fx.Node) and weight.name in program.names and len(weight.users) == 1:
-            found[node.name] = 1 if family(node) in CONVOLUTIONS else -1
+            found[node.name] = program.names[weight.name], 1 if family(node) in CONVOLUTIONS else -1
     return found
 
 

@@ -16,9 +16,9 @@ from shohin.program import interpret
 CHUNK = 64
 
 
-def picked(graph: Graph, joined: tuple[Any, ...], layers: Mapping[str, int], limit: int, seed: int = 0) -> dict[str, Tensor]:
-    """Layer -> at most ``limit`` random rows of its output that are `reached`, as ascending indices."""
-    return {name: _drawn(mask.nonzero()[:, 0], limit, name, seed) for name, mask in reached(graph, joined, layers, seed).items()}
+def picked(graph: Graph, joined: tuple[Any, ...], layers: Mapping[str, int], limits: Mapping[str, int], seed: int = 0) -> dict[str, Tensor]:
+    """Layer -> at most so many random rows of its output that are `reached`, as ascending indices."""
+    return {name: _drawn(mask.nonzero()[:, 0], limits[name], name, seed) for name, mask in reached(graph, joined, layers, seed).items()}
 
 
 def _drawn(rows: Tensor, limit: int, name: str, seed: int) -> Tensor:
@@ -37,6 +37,8 @@ def reached(graph: Graph, joined: tuple[Any, ...], layers: Mapping[str, int], se
         joined: inputs of the program, all samples in one batch.
         layers: node name -> axis of its output's features; all others are rows.
     """
+    if not layers:
+        return {}
     batch = next((x.shape[0] for x in joined if isinstance(x, Tensor) and x.dim()), 1)
     parts: dict[str, list[Tensor]] = {name: [] for name in layers}
     for start in range(0, batch, CHUNK):

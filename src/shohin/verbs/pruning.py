@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from shohin.budget import Budget
 from shohin.candidate import Candidate, Measurement
 from shohin.data import Data
-from shohin.errors import DataError, PlanError
+from shohin.errors import DataError, PlanError, RunError, closest
 from shohin.targets import Target
 from shohin.verbs.common import calibration, checked, one_of, seeded, static_metrics, whole
 
@@ -74,28 +75,33 @@ def prune(
         out: a folder for the pruned weights (sparse ones packed); with a budget the run's, which can be resumed.
 
     Returns:
-        A candidate with ``.plan``, ``.model`` and ``.removed``.
+        A candidate with ``.plan``, ``.model`` and ``.removed``. With a budget ``.notes`` has "met", and "unmet" and "reasons" where it
+        is not.
 
     Raises:
         PlanError: for an unknown option, or a share that the model's groups cannot reach.
         DataError: if batches are needed and there are none.
         BudgetError: for a budget that cannot be read.
+        RunError: if there is a file where ``out`` should be a folder.
     """
     from shohin.pipeline.pruned import Wish, prune_units, prune_weights
 
     one_of("of", of, ("macs", "params"))
     one_of("recover", recover, RECOVERIES)
-    if keep is not None and not 0 < keep <= 1:
-        raise PlanError(f"keep must be a share in (0, 1]; got {keep}")
+    _check_numbers(keep, align=align, samples=samples, epochs=epochs)
     kinds, pattern = _granularity(granularity, keep)
     checked(data)
+    if out is not None:
+        _check_folder(out)
     if budget is not None:
         if keep is not None:
             raise PlanError("give keep= or budget=, not both")
         given = {"criterion": criterion, "allocation": allocation, "normalization": normalization}
         named = next((name for name, value in given.items() if value is not None), "granularity" if kinds != ("channel",) else "")
-        if named or uniform:
-            raise PlanError(f"a budget is planned on the target, over all units: {named or 'uniform'}= has nothing to decide")
+        plain = {"of": of == "macs", "align": align == 8, "epochs": epochs == 5, "samples": samples == 512, "uniform": not uniform}
+        named = named or next((name for name, default in plain.items() if not default), "")
+        if named:
+            raise PlanError(f"a budget is planned on the target, over all units: {named}= has nothing to decide")
         return _within(model, data, budget, target, recover, seed, out)
     share = 0.5 if keep is None else keep
     wish = Wish(share, of, criterion, kinds, pattern, allocation, normalization, align, uniform, epochs, seed)
@@ -126,7 +132,31 @@ def _within(
     if recover is None:
         raise PlanError("with a budget candidates are built to be measured, and compensated: recover=None is for keep=")
     found = optimize(model, data, target, budget, out=out, seed=seed, methods=methods, progress=False)
-    return found.best
+    facts: dict[str, Any] = {"met": found.met}
+    facts |= {name: found.notes[name] for name in ("unmet", "reasons") if name in found.notes}
+    return replace(found.best, notes={**found.best.notes, **facts})
+
+
+def _check_numbers(keep: object, **counts: object) -> None:
+    """Raises PlanError for a share or a count that cannot be one."""
+    if keep is not None:
+        share = float(keep) if isinstance(keep, (int, float)) and not isinstance(keep, bool) else math.nan
+        if not 0 < share <= 1:
+            hint = f": for {share:g} % write keep={share / 100:g}" if 1 < share <= 100 else ""
+            raise PlanError(f"keep must be a share in (0, 1]; got {keep!r}{hint}")
+    for name, value in counts.items():
+        least = 0 if name == "epochs" else 1
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise PlanError(f"{name} must be a whole number, at least {least}; got {value!r}")
+
+
+def _check_folder(out: str | Path) -> None:
+    """Raises RunError before the work if there is a file where the folder should be."""
+    if not isinstance(out, (str, Path)):
+        raise RunError(f"out is a folder, not {type(out).__name__}")
+    found = next((p for p in (Path(out), *Path(out).parents) if p.exists()), None)
+    if found is not None and not found.is_dir():
+        raise RunError(f"out={str(out)!r} should be a folder, but {found} is a file: give another folder")
 
 
 def _stored(model: nn.Module, out: str | Path | None) -> tuple[Measurement, Path | None]:
@@ -144,7 +174,7 @@ def _granularity(given: str | Sequence[str], keep: float | None) -> tuple[tuple[
     """Kinds of units, or a pattern of zeros that leaves ``keep``."""
     from shohin.pruning.sparse import Pattern
 
-    names = (given,) if isinstance(given, str) else tuple(given)
+    names = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Sequence) else ()
     if names and all(name in UNITS for name in names):
         return names, None
     text = names[0] if len(names) == 1 and isinstance(names[0], str) else ""
@@ -156,7 +186,7 @@ def _granularity(given: str | Sequence[str], keep: float | None) -> tuple[tuple[
     except PlanError:
         raise PlanError(
             f"granularity={given!r} is not known; one or more of {', '.join(map(repr, UNITS))}, or zeros: 'unstructured', 'N:M' such as '2:4', "
-            "'block RxC' such as 'block 1x8'"
+            f"'block RxC' such as 'block 1x8'{closest(text, (*UNITS, 'unstructured')) if text else ''}"
         ) from None
     if keep is not None and abs(pattern.zeros - zeros) > 1e-9:
         raise PlanError(f"granularity={given!r} keeps {1 - pattern.zeros:g} of the weights; it contradicts keep={keep}")

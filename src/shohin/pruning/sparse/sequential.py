@@ -88,7 +88,7 @@ def sparsify(
         if calls and (update or how.criterion in INPUTS):
             inputs = joined_inputs(graph.program, calls, samples)
             layers = {node: -1 if w.kind == "linear" else 1 - len(w.shape) for w, _ in chosen.values() for node in w.nodes}
-            changed = _walk(graph.program, inputs, picked(graph, inputs, layers, rows, seed), how, chosen, tick)
+            changed = _walk(graph.program, inputs, picked(graph, inputs, layers, dict.fromkeys(layers, rows), seed), how, chosen, tick)
         else:
             changed = {}
             for name, (weight, pattern) in chosen.items():
