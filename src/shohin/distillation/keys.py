@@ -15,7 +15,7 @@ from shohin.data import Call
 from shohin.errors import DataError
 
 #: changes when answers of an earlier version may no longer be read
-VERSION = "by sample 1"
+VERSION = "by sample 2"
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def keys_of(call: Call) -> Keys | None:
         return None
     layout = " ".join(parts)
     rest.update(layout.encode())
-    samples = tuple(row_digests(rest, rows)) if rows else ()
+    samples = tuple(row_digests(rest.digest(), rows)) if rows else ()
     return Keys(layout, samples, hashlib.blake2b(b"".join([b"whole", rest.digest(), *samples]), digest_size=16).digest())
 
 
@@ -70,8 +70,14 @@ def device_of(call: Call) -> torch.device:
     return next((value.device for value in _leaves((call.args, call.kwargs))), torch.device("cpu"))
 
 
-def row_digests(base: Any, tensors: Sequence[Tensor]) -> list[bytes]:
-    """A digest of each row (along the first axis, which all tensors share), begun with what ``base`` has digested. Shapes do not enter."""
+def row_digests(begin: bytes, tensors: Sequence[Tensor]) -> list[bytes]:
+    """16 bytes for each row (along the first axis, which all tensors share) and what goes before it. Shapes do not enter.
+
+    XXH3 of 128 bits: fifteen times as fast on images as a cryptographic digest, which beside a small student is a share of each step.
+    """
+    import xxhash
+
+    base = xxhash.xxh3_128(begin)
     views = [view for view in map(_bytes_by_row, tensors) if view.shape[1]]
     digests = []
     for i in range(len(tensors[0])):
