@@ -46,7 +46,7 @@ class Data:
         validation: like ``train``; optimized against. Defaults to ``train`` (a warning is journaled).
         test: like ``train``; used once, for the report, never to choose.
         metric: ``metric(run) -> float`` where ``run`` has the model's signature; called for each candidate.
-            Default: top-1 accuracy over ``validation``, which needs integer targets.
+            Default: top-1 accuracy over ``validation``, which needs integer targets of the shapes below.
         loss: ``loss(outputs, batch) -> scalar Tensor``. Default: ``outputs.loss`` where the model computes one without
             labels, else cross-entropy of the first output with integer targets: classes in the last dimension,
             ``(..., C)`` with ``(...)``, or in the second, ``(B, C, ...)`` with ``(B, ...)``; targets of -100 do not count.
@@ -212,23 +212,26 @@ class Data:
                     raise DataError(f"the model does not run on a {split} batch (shapes {shapes}): {_said(error)}") from error
                 if not bool(torch.isfinite(logits).all()):
                     raise DataError(f"the model's outputs on the {split} batches hold NaN or Inf: look for NaN in the data or the weights")
-                predicted = logits.argmax(-1)
-                if predicted.shape != call.target.shape:
+                axis = _fitting(logits, call.target)
+                if axis is None:
                     raise DataError(
-                        f"the default metric is accuracy: classes of shape {tuple(predicted.shape)} do not fit targets of shape "
+                        f"the default metric is accuracy: outputs of shape {tuple(logits.shape)} do not fit targets of shape "
                         f"{tuple(call.target.shape)}; give Data(metric=(run) -> float)"
                     )
-                right += int((predicted == call.target).sum())
-                total += call.target.numel()
+                counted = call.target != _IGNORED
+                right += int((logits.argmax(axis) == call.target)[counted].sum())
+                total += int(counted.sum())
+        if not total:
+            raise DataError(f"the default metric is accuracy, and all labels of the {split} batches are {_IGNORED}, which do not count")
         return right / total
 
 
 def _cross_entropy(out: Tensor, target: Tensor) -> Tensor:
     """Mean cross-entropy of scores with integer classes. Raises DataError if the two do not fit."""
-    target = target.long()
-    if out.dim() and target.shape == out.shape[:-1]:  # classes last, as the default metric has them
+    target, axis = target.long(), _fitting(out, target)
+    if axis == -1:
         out, target = out.reshape(-1, out.shape[-1]), target.reshape(-1)
-    elif out.dim() < 2 or target.shape != (out.shape[0], *out.shape[2:]):
+    elif axis is None:
         raise DataError(
             f"the default loss is cross-entropy: outputs of shape {tuple(out.shape)} do not fit labels of shape {tuple(target.shape)}; "
             "give Data(loss=(outputs, batch) -> Tensor)"
@@ -249,14 +252,25 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {error}{where}"
 
 
-def class_scores(outputs: Any, call: Call) -> bool:
-    """True if the first output holds class scores along its last axis: it fits integer targets, or is (batch, classes) without targets."""
+def class_axis(outputs: Any, call: Call) -> int | None:
+    """Along which axis the first output holds class scores: -1 or 1 by the shape of integer labels (the last where both fit), -1 if it is
+    ``[N, C]`` and there are no labels; None if it holds no scores, or there is no telling.
+    """
     scores, target = first_output(outputs), call.target
-    if scores.dim() < 2 or scores.shape[-1] < 2 or not scores.is_floating_point():
-        return False
+    if scores.dim() < 2 or not scores.is_floating_point():
+        return None
     if isinstance(target, Tensor):
-        return not target.is_floating_point() and target.shape == scores.shape[:-1]
-    return target is None and scores.dim() == 2
+        axis = None if target.is_floating_point() else _fitting(scores, target)
+    else:
+        axis = -1 if target is None and scores.dim() == 2 else None
+    return None if axis is None or scores.shape[axis] < 2 else axis
+
+
+def _fitting(scores: Tensor, target: Tensor) -> int | None:
+    """The axis without which scores have the shape of their labels: the last, or 1 (dense prediction)."""
+    if scores.dim() and target.shape == scores.shape[:-1]:
+        return -1
+    return 1 if scores.dim() > 1 and target.shape == (scores.shape[0], *scores.shape[2:]) else None
 
 
 def first_output(outputs: Any) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shohin.data import Data, first_output
+from shohin.distillation.losses.shapes import dense_axis
 from shohin.errors import DataError, ModelError
 from shohin.training import TrainResult
 
@@ -20,11 +21,11 @@ class Ensemble(nn.Module):
         teachers: with one signature and the same classes.
         weights: "equal"; "confidence": each sample listens more to teachers with less entropy (weights ``1 - H / log C``, normalized;
             after Zhang et al., 2022, 2201.00007, without its labels); or one number for each teacher.
-        dim: the class axis of their answers.
+        dim: the class axis of their answers; None: 1 for ``[N, C, H, W]`` and more axes, else the last.
     """
 
     def __init__(
-        self, teachers: Sequence[nn.Module], weights: Literal["equal", "confidence"] | Sequence[float] = "equal", dim: int = -1
+        self, teachers: Sequence[nn.Module], weights: Literal["equal", "confidence"] | Sequence[float] = "equal", dim: int | None = None
     ) -> None:
         super().__init__()
         if not teachers:
@@ -45,12 +46,12 @@ class Ensemble(nn.Module):
         shapes = {tuple(x.shape) for x in logits}
         if len(shapes) > 1:
             raise ModelError(f"the teachers give other shapes: {sorted(shapes)}; an ensemble needs the same classes")
-        log_p = torch.stack([x.log_softmax(self.dim) for x in logits])
-        return torch.logsumexp(log_p + self._shares(log_p), 0)
+        dim = self.dim if self.dim is not None else dense_axis(logits[0])
+        log_p = torch.stack([x.log_softmax(dim) for x in logits])
+        return torch.logsumexp(log_p + self._shares(log_p, dim if dim < 0 else dim + 1), 0)
 
-    def _shares(self, log_p: Tensor) -> Tensor:
+    def _shares(self, log_p: Tensor, axis: int) -> Tensor:
         """Log weights ``[teachers, ...]`` with size 1 along the classes."""
-        axis = self.dim if self.dim < 0 else self.dim + 1
         if self.weights == "confidence":
             entropy = -(log_p.exp() * log_p).sum(axis, keepdim=True)
             sure = (1 - entropy / torch.log(torch.tensor(float(log_p.shape[axis])))).clamp(min=1e-6)

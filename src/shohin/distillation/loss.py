@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shohin.data import Call, first_output
+from shohin.data import Call, class_axis, first_output
 from shohin.distillation import losses
 from shohin.distillation.adapters import Adapter, adapters_for
 from shohin.distillation.features import Features, FeatureTap, check_taps, feature_loss
+from shohin.distillation.losses.shapes import dense_axis
 from shohin.distillation.teacher import Teacher
 from shohin.errors import DataError, ModelError, closest
 
@@ -31,7 +32,7 @@ class Mix:
         task_loss: ``(outputs, call) -> scalar``. Needed if ``alpha`` > 0.
         feature_weight: of `feature_loss` over ``taps``.
         taps: modules that are compared.
-        dim: class dimension for "kd".
+        dim: class dimension for "kd". None: where the labels' shape says, else 1 for ``[N, C, H, W]`` and more axes, and the last.
 
     Raises:
         DataError: if these contradict each other.
@@ -43,7 +44,7 @@ class Mix:
     task_loss: Callable[[Any, Call], Tensor] | None = None
     feature_weight: float = 0.0
     taps: tuple[FeatureTap, ...] = ()
-    dim: int = -1
+    dim: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1 or self.feature_weight < 0:
@@ -110,6 +111,12 @@ class Mix:
         return NAMED[self.loss](student, teacher, call, self) if isinstance(self.loss, str) else self.loss(student, teacher)
 
 
+def classes_at(answers: Tensor, call: Call) -> int:
+    """The class dimension of answers: where the labels' shape says, else by convention."""
+    axis = class_axis(answers, call)
+    return dense_axis(answers) if axis is None else axis
+
+
 def _classes(call: Call) -> Tensor | None:
     """The labels ``[N]`` of exclusive classes, if there are any."""
     target = call.target
@@ -133,7 +140,7 @@ def counting(call: Call, logits: Tensor) -> Tensor | None:
 
 #: losses between answers that can be asked for by name: ``(student, teacher, call, mix) -> scalar``
 NAMED: dict[str, Callable[[Tensor, Tensor, Call, Mix], Tensor]] = {
-    "kd": lambda s, t, call, mix: losses.kd(s, t, mix.temperature, mix.dim),
+    "kd": lambda s, t, call, mix: losses.kd(s, t, mix.temperature, classes_at(s, call) if mix.dim is None else mix.dim),
     "dkd": lambda s, t, call, mix: losses.dkd(s, t, _classes(call), mix.temperature),
     "dist": lambda s, t, call, mix: losses.dist(s, t, mix.temperature),
     "mse": lambda s, t, call, mix: losses.logits_mse(s, t),

@@ -14,7 +14,7 @@ from shohin.data import Call, Data, first_output
 from shohin.distillation.adapters import Adapted, adapters_for
 from shohin.distillation.dot import make_dot, two_losses
 from shohin.distillation.features import FeatureTap, check_taps, recorded
-from shohin.distillation.loss import Between, Mix, watches
+from shohin.distillation.loss import Between, Mix, classes_at, watches
 from shohin.distillation.losses import kd
 from shohin.distillation.teacher import Teacher
 from shohin.errors import DataError
@@ -147,7 +147,8 @@ def divergence(student: nn.Module, teacher: nn.Module | Teacher, data: Data, spl
     total, samples = 0.0, 0
     with torch.no_grad():
         for call in data.calls(split):
-            total += kd(first_output(student(*call.args, **call.kwargs)), expert(call)[0], 1.0).item() * call.size
+            known = expert(call)[0]
+            total += kd(first_output(student(*call.args, **call.kwargs)), known, 1.0, classes_at(known, call)).item() * call.size
             samples += call.size
     return total / samples
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from shohin.data import Call, class_scores, first_output
+from shohin.data import Call, class_axis, first_output
 from shohin.errors import DataError
 
 
@@ -23,8 +23,9 @@ class Divergence:
         if not calls:
             raise DataError("comparing answers needs batches: give Data(train=loader)")
         self.calls, self.reference = list(calls), answers(model, calls)
-        #: True if the answers are class scores
-        self.scores = all(class_scores(answer, call) for answer, call in zip(self.reference, self.calls, strict=True))
+        axes = {class_axis(answer, call) for answer, call in zip(self.reference, self.calls, strict=True)}
+        #: of class scores in the answers, or None
+        self.axis = axes.pop() if len(axes) == 1 else None
 
     def __call__(self, model: nn.Module) -> float:
         """Mean Kullback-Leibler divergence (nats) of class scores, relative squared error of other answers; at least 0.
@@ -33,9 +34,9 @@ class Divergence:
             DataError: if an answer is NaN.
         """
         a, b = torch.cat(self.reference).double(), torch.cat(answers(model, self.calls)).double()
-        if self.scores:
-            p, q = a.log_softmax(-1), b.log_softmax(-1)
-            value = float((p.exp() * (p - q)).sum(-1).mean())
+        if self.axis is not None:
+            p, q = a.log_softmax(self.axis), b.log_softmax(self.axis)
+            value = float((p.exp() * (p - q)).sum(self.axis).mean())
         else:
             value = float((a - b).square().sum() / a.square().sum().clamp_min(1e-30))
         if value != value:

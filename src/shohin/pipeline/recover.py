@@ -106,7 +106,7 @@ def _distill(job: Job, finalist: Finalist, made: Cut, graph: Graph, plan: Plan, 
                 config=TrainConfig(
                     epochs=settings["epochs"], lr=settings["lr"], ema=None, patience=max(5, settings["epochs"] // 3), seed=job.seed
                 ),
-                loss="kd" if job.divergence.scores else "mse",
+                loss="kd" if job.divergence.axis is not None else "mse",
                 alpha=0.2 if labels else 0.0,
                 feature_weight=0.2 if taps else 0.0,
                 taps=taps,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from shohin.data import Call, Data, class_scores, first_output
+from shohin.data import Call, Data, class_axis, first_output
 from shohin.errors import DataError
 from shohin.evidence.fisher import UnitSaliency, gate_gradients
 from shohin.graph import Graph
@@ -127,8 +127,8 @@ def sampled_loss(outputs: Any, call: Call, data: Data, generator: torch.Generato
     if data.loss is not None or getattr(outputs, "loss", None) is not None:
         return data.batch_loss(outputs, call)
     answers = first_output(outputs)
-    if class_scores(outputs, call):
-        flat = answers.reshape(-1, answers.shape[-1])
+    if (axis := class_axis(outputs, call)) is not None:
+        flat = answers.movedim(axis, -1).flatten(0, -2)
         drawn = torch.multinomial(flat.detach().softmax(-1), 1, generator=generator).squeeze(1)
         return F.cross_entropy(flat, drawn)
     noise = torch.randn(answers.shape, generator=generator, dtype=answers.dtype)

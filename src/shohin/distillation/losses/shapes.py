@@ -23,6 +23,11 @@ def same(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> None:
         raise DataError(f"temperature must be > 0; got {temperature}")
 
 
+def dense_axis(answers: Tensor) -> int:
+    """Where classes are by torch's convention, if labels do not tell: axis 1 of ``[N, C, H, W]`` and more axes, else the last."""
+    return 1 if answers.dim() >= 4 else -1
+
+
 def _hint(student: Tensor, teacher: Tensor) -> str:
     if student.dim() == teacher.dim() and student.shape[:-1] == teacher.shape[:-1]:
         return (
