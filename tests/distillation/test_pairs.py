@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import shohin
 from shohin.data import Call, Data
 from shohin.distillation import (
     Ensemble,
@@ -162,6 +165,17 @@ def test_matching_by_name_by_shape_and_what_it_refuses(teacher: nn.Module) -> No
     student.train()
     match(student, teacher, calls)
     assert student.training and not student._forward_hooks and not student.head._forward_hooks
+
+
+def test_a_given_teacher_that_follows_features_keeps_its_folder(teacher: nn.Module, tmp_path: Path) -> None:
+    found = []
+    for _ in range(2):
+        expert = Teacher(teacher, folder=tmp_path)
+        shohin.distill(small(), expert, DATA, losses=("kd", "features"), config=replace(SHORT, epochs=1), inherit=False)
+        found.append(sorted(tmp_path.rglob("*.safetensors")))
+    assert found[0] and found[0] == found[1]  # the second run finds what the first wrote
+    again = expert.watching(["stages.1"])
+    assert again.model is teacher and again.names == ("stages.1",)
 
 
 def test_alignment_does_not_see_rotations_and_scales() -> None:

@@ -9,9 +9,11 @@ from shohin.distillation.loss import Loss, Mix
 from shohin.distillation.matching import cka, match
 from shohin.distillation.onpolicy import Continuation, continuations, on_policy_objective
 from shohin.distillation.teacher import Teacher
-from shohin.distillation.transfer import RECOVERY, distill, distillation_objective, divergence
+from shohin.distillation.transfer import FEATURES, LABELS, RECOVERY, distill, distillation_objective, divergence
 
 __all__ = [
+    "FEATURES",
+    "LABELS",
     "RECOVERY",
     "Continuation",
     "Dot",

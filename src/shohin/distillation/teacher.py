@@ -66,7 +66,7 @@ class Teacher:
         self.hits = self.misses = self.reads = 0
         self.by_sample: bool | None = None
         self._independent: dict[str, bool] = {}
-        self._answers = Answers(cache_bytes)
+        self._answers, self._cache_bytes = Answers(cache_bytes), cache_bytes
         self._remembers = cache_bytes > 0 or folder is not None
         self._folder, self._disk_bytes = None if folder is None else Path(folder), disk_bytes
         if self._folder is not None:
@@ -74,6 +74,10 @@ class Teacher:
                 self._folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise DataError(f"the folder {self._folder} for the teacher's answers cannot be made: {error}") from None
+
+    def watching(self, names: Sequence[str]) -> Teacher:
+        """A teacher with the same model, memory, folder and bounds, whose features are of these modules."""
+        return Teacher(self.model, names, self._cache_bytes, self._folder, self.lowered, disk_bytes=self._disk_bytes)
 
     def __call__(self, call: Call) -> Answer:
         """Logits (the first tensor of the outputs) and ``{module name: [feature for each call]}`` of a batch; no gradients lead to them."""

@@ -23,6 +23,9 @@ from shohin.training import Objective, TrainConfig, TrainResult, train
 RECOVERY = TrainConfig(epochs=5, lr=2e-3, weight_decay=1e-4, warmup=0.1, clip=5.0)
 """A short recovery of a cut network on a CPU: AdamW, cosine."""
 
+LABELS, FEATURES = 0.2, 0.2
+"""Weights of the task's loss and of features beside the teacher's answers, where there are labels and matched features."""
+
 
 def distillation_objective(teacher: nn.Module | Teacher, *, mix: Mix | None = None, apart: bool = False, **fields: Any) -> Objective:
     """A `Mix` as an objective of `shohin.training.train`.

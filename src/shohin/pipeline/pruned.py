@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from shohin.data import Call, Data
-from shohin.distillation import distill
+from shohin.distillation import LABELS, distill
 from shohin.errors import DataError, PlanError, closest
 from shohin.evidence import Divergence
 from shohin.evidence.divergence import answers
@@ -251,4 +251,4 @@ class _Clock:
 
 def _distilled(student: nn.Module, teacher: nn.Module, data: Data, wish: Wish) -> dict[str, Any]:
     config = TrainConfig(epochs=wish.epochs, lr=2e-3, seed=wish.seed)
-    return distill(student, teacher, data, config=config, alpha=0.2 if data.has_labels else 0.0).to_json()
+    return distill(student, teacher, data, config=config, alpha=LABELS if data.has_labels else 0.0).to_json()

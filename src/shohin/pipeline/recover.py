@@ -10,7 +10,7 @@ from torch import nn
 
 from shohin.candidate import Candidate
 from shohin.data import first_output
-from shohin.distillation import FeatureTap, Teacher, distill
+from shohin.distillation import FEATURES, LABELS, FeatureTap, Teacher, distill
 from shohin.graph import Graph, kept_indices
 from shohin.graph.labels.core import Labels
 from shohin.pipeline.job import Job, load_tensors, own_tensors
@@ -107,8 +107,8 @@ def _distill(job: Job, finalist: Finalist, made: Cut, graph: Graph, plan: Plan, 
                     epochs=settings["epochs"], lr=settings["lr"], ema=None, patience=max(5, settings["epochs"] // 3), seed=job.seed
                 ),
                 loss="kd" if job.divergence.axis is not None else "mse",
-                alpha=0.2 if labels else 0.0,
-                feature_weight=0.2 if taps else 0.0,
+                alpha=LABELS if labels else 0.0,
+                feature_weight=FEATURES if taps else 0.0,
                 taps=taps,
                 checkpoint=job.run.work(f"{finalist.name}-training.safetensors"),
                 deadline=None,

@@ -47,7 +47,7 @@ def distill(
         DataError: for an unknown loss or batches that cannot be used.
         ModelError: if no feature of the student matches one of the teacher.
     """
-    from shohin.distillation import Ensemble, FeatureTap, Teacher, match
+    from shohin.distillation import FEATURES, LABELS, Ensemble, FeatureTap, Teacher, match
     from shohin.distillation import distill as distill_
     from shohin.pipeline.inherit import inherit as inherit_
     from shohin.training import TrainConfig
@@ -65,15 +65,15 @@ def distill(
         taps: tuple[FeatureTap, ...] = ()
         if "features" in names:
             taps = match(own, model, list(data.calls("train", limit=128)))
-            whose = Teacher(model, [tap.teacher_module for tap in taps]) if isinstance(whose, Teacher) else whose
+            whose = whose.watching([tap.teacher_module for tap in taps]) if isinstance(whose, Teacher) else whose
         result = distill_(
             own,
             whose,
             data,
             config=config,
             loss=answers[0],
-            alpha=0.2 if data.has_labels else 0.0,
-            feature_weight=0.2 if taps else 0.0,
+            alpha=LABELS if data.has_labels else 0.0,
+            feature_weight=FEATURES if taps else 0.0,
             taps=taps,
         )
     quality = Measurement(result.best_quality, "measured: validation, in torch") if result.best_quality is not None else None
