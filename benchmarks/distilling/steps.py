@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from models import ResNet  # noqa: I001
+from distilling.tasks import FASHION  # noqa: I001
+from models import ResNet
 
 from shohin.data import Call, Data
 from shohin.distillation import Teacher, distillation_objective
 from shohin.training import Objective, TrainConfig, train
 
 TEACHER = ((32, 64, 128), 2)
-STUDENTS = {"1/20": ((10, 20, 40), 1), "1/100": ((4, 8, 16), 1)}
 #: a step may take so much of what it is compared with
 PROMISE = 1.10
 
@@ -133,11 +133,12 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     teacher, batches = ResNet(*TEACHER), Shuffled(settings.batch, settings.steps)
-    for size, architecture in STUDENTS.items():
+    for size, make in FASHION.students.items():
         with tempfile.TemporaryDirectory() as folder:
-            times = measured(variants(ResNet(*architecture), teacher, batches, Path(folder)), settings.rounds)
+            times = measured(variants(student := make(), teacher, batches, Path(folder)), settings.rounds)
         both = [a + b for a, b in zip(times["plain"], times["teacher"], strict=True)]
-        print(f"student {architecture} ({size}), teacher {TEACHER}, batch {settings.batch}")
+        parameters = sum(p.numel() for p in student.parameters())
+        print(f"student of {size} ({parameters} parameters), teacher {TEACHER}, batch {settings.batch}")
         for name, found in times.items():
             against = "" if name in ("plain", "teacher") else f"{ratio(found, both if name == 'uncached' else times['plain'])} of "
             told = f"{against}{'plain + teacher' if name == 'uncached' else 'plain'} (promised {PROMISE:.2f})" if against else ""
