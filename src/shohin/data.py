@@ -18,7 +18,7 @@ Runner = Callable[..., Any]
 
 _ONE_PASS = "an iterator is used up after one pass; give a list or a DataLoader"
 #: the label that torch's own losses leave out
-_IGNORED = -100
+IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Data:
     Args:
         train: iterable of batches for calibration, saliency and training; iterated anew each epoch. A batch is a tensor
             ``x``, a pair ``(x, y)``, or a dict of keyword arguments (``labels`` is the target and is not passed to the
-            model). An iterator is refused: it is used up after one pass.
+            model; labels that repeat ``input_ids`` are of next words, and are moved to the scores that predict them). An
+            iterator is refused: it is used up after one pass.
         validation: like ``train``; optimized against. Defaults to ``train`` (a warning is journaled).
         test: like ``train``; used once, for the report, never to choose.
         metric: ``metric(run) -> float`` where ``run`` has the model's signature; called for each candidate.
@@ -126,7 +127,7 @@ class Data:
         if isinstance(batch, Tensor):
             return Call((batch,), {}, None, batch)
         if isinstance(batch, Mapping):
-            return Call((), {k: v for k, v in batch.items() if k != "labels"}, batch.get("labels"), batch)
+            return Call((), {k: v for k, v in batch.items() if k != "labels"}, _next_words(batch), batch)
         if isinstance(batch, (tuple, list)) and len(batch) in (1, 2):
             target = batch[1] if len(batch) == 2 else None
             inputs = batch[0]
@@ -218,11 +219,11 @@ class Data:
                         f"the default metric is accuracy: outputs of shape {tuple(logits.shape)} do not fit targets of shape "
                         f"{tuple(call.target.shape)}; give Data(metric=(run) -> float)"
                     )
-                counted = call.target != _IGNORED
+                counted = call.target != IGNORED
                 right += int((logits.argmax(axis) == call.target)[counted].sum())
                 total += int(counted.sum())
         if not total:
-            raise DataError(f"the default metric is accuracy, and all labels of the {split} batches are {_IGNORED}, which do not count")
+            raise DataError(f"the default metric is accuracy, and all labels of the {split} batches are {IGNORED}, which do not count")
         return right / total
 
 
@@ -236,13 +237,15 @@ def _cross_entropy(out: Tensor, target: Tensor) -> Tensor:
             f"the default loss is cross-entropy: outputs of shape {tuple(out.shape)} do not fit labels of shape {tuple(target.shape)}; "
             "give Data(loss=(outputs, batch) -> Tensor)"
         )
-    counted = target[target != _IGNORED]
-    if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < out.shape[1]:
+    counted = target[target != IGNORED]
+    if not counted.numel():
+        return (out * 0).sum()
+    if not 0 <= int(counted.min()) <= int(counted.max()) < out.shape[1]:
         raise DataError(
             f"labels from {int(counted.min())} to {int(counted.max())} do not fit {out.shape[1]} classes (outputs of shape "
             f"{tuple(out.shape)}, labels of shape {tuple(target.shape)}): labels are 0 to {out.shape[1] - 1}"
         )
-    return F.cross_entropy(out, target, ignore_index=_IGNORED)
+    return F.cross_entropy(out, target, ignore_index=IGNORED)
 
 
 def _said(error: Exception) -> str:
@@ -264,6 +267,19 @@ def class_axis(outputs: Any, call: Call) -> int | None:
     else:
         axis = -1 if target is None and scores.dim() == 2 else None
     return None if axis is None or scores.shape[axis] < 2 else axis
+
+
+def _next_words(batch: Mapping[str, Any]) -> Any:
+    """The labels of a batch, each beside the scores that predict it. Labels that repeat the words (``labels = input_ids``, as causal models
+    of `transformers` take them and shift them inside) are those of the place before; others stand beside their scores already.
+    """
+    labels, words = batch.get("labels"), batch.get("input_ids")
+    if not isinstance(labels, Tensor) or not isinstance(words, Tensor) or labels.shape != words.shape or labels.dim() != 2:
+        return labels
+    counts = labels != IGNORED
+    if labels.is_floating_point() or not bool(counts.any()) or not torch.equal(labels[counts], words[counts].to(labels.dtype)):
+        return labels
+    return torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)], 1)
 
 
 def _fitting(scores: Tensor, target: Tensor) -> int | None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import shohin
 from shohin.data import Call, Data, class_axis
 from shohin.distillation import Ensemble, distillation_objective, divergence, losses
-from shohin.distillation.loss import classes_at
+from shohin.distillation.named import classes_at
 from shohin.errors import DataError
 from shohin.evidence import Divergence
 from shohin.pruning.saliency import sampled_loss

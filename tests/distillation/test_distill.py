@@ -10,7 +10,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shohin.data import Call, Data
-from shohin.distillation import FeatureTap, Teacher, distill, distillation_objective, divergence, feature_loss, recorded
+from shohin.distillation import (
+    FeatureTap,
+    Mix,
+    Teacher,
+    disagreement,
+    distill,
+    distillation_objective,
+    divergence,
+    feature_loss,
+    recorded,
+)
 from shohin.errors import DataError, ModelError
 from shohin.training import TrainConfig, copy_state, train
 
@@ -87,7 +97,7 @@ def test_a_cut_student_recovers(teacher: nn.Module, loss: str, labels: bool) -> 
     assert all(torch.equal(t, frozen[n]) for n, t in copy_state(teacher).items()) and not teacher.training
     assert set(result.history[1].terms) == ({loss, "task"} if labels else {loss})
     if not labels:
-        assert result.best_quality == pytest.approx(divergence(student, teacher, data))
+        assert result.best_quality == pytest.approx(disagreement(student, teacher, data, Mix(loss)))
 
 
 def test_aligned_features_of_a_cut_student_are_equal_before_any_training(teacher: nn.Module) -> None:

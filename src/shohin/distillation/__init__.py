@@ -9,7 +9,7 @@ from shohin.distillation.loss import Loss, Mix
 from shohin.distillation.matching import cka, match
 from shohin.distillation.onpolicy import Continuation, continuations, on_policy_objective
 from shohin.distillation.teacher import Teacher
-from shohin.distillation.transfer import FEATURES, LABELS, RECOVERY, distill, distillation_objective, divergence
+from shohin.distillation.transfer import FEATURES, LABELS, RECOVERY, disagreement, distill, distillation_objective, divergence
 
 __all__ = [
     "FEATURES",
@@ -26,6 +26,7 @@ __all__ = [
     "born_again",
     "cka",
     "continuations",
+    "disagreement",
     "distill",
     "distillation_objective",
     "divergence",

@@ -45,6 +45,7 @@ class Adapted(nn.Module):
     def __init__(self, student: nn.Module, adapters: Mapping[str, Adapter]) -> None:
         super().__init__()
         self.student = student
+        self.training = student.training
         self.names = tuple(adapters)
         self.adapters = nn.ModuleList(adapters.values())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shohin.data import Call, class_axis, first_output
-from shohin.distillation import losses
+from shohin.data import Call, first_output
 from shohin.distillation.adapters import Adapter, adapters_for
+from shohin.distillation.ensemble import Ensemble
 from shohin.distillation.features import Features, FeatureTap, check_taps, feature_loss
-from shohin.distillation.losses.shapes import dense_axis
+from shohin.distillation.losses.shapes import TooFew
+from shohin.distillation.named import NAMED, nothing
 from shohin.distillation.teacher import Teacher
 from shohin.errors import DataError, ModelError, closest
 
@@ -95,10 +97,11 @@ class Mix:
         weights = {"task": self.alpha, self.name: 1 - self.alpha, "features": self.feature_weight}
         if self.alpha < 1 or self.used:
             answer, known = teacher(call)
+            own = first_output(outputs)
             if self.alpha < 1:
-                terms[self.name] = self._between(first_output(outputs), answer, call)
+                terms[self.name] = _of_enough(lambda: self.between(own, answer, call), own)
             if self.used:
-                terms["features"] = feature_loss(features, known, self.used, adapters or {})
+                terms["features"] = _of_enough(lambda: feature_loss(features, known, self.used, adapters or {}), own)
         if self.alpha > 0 and self.task_loss is not None:
             terms["task"] = self.task_loss(outputs, call)
         for name, value in terms.items():
@@ -107,49 +110,31 @@ class Mix:
         total = torch.stack([weights[name] * value.reshape(()) for name, value in terms.items()]).sum()
         return total, {name: value.item() for name, value in terms.items()}
 
-    def _between(self, student: Tensor, teacher: Tensor, call: Call) -> Tensor:
-        return NAMED[self.loss](student, teacher, call, self) if isinstance(self.loss, str) else self.loss(student, teacher)
+    def between(self, student: Tensor, teacher: Tensor, call: Call) -> Tensor:
+        """The loss between answers alone. Raises DataError if they do not fit it."""
+        if not isinstance(self.loss, str):
+            return self.loss(student, teacher)
+        return NAMED[self.loss].between(student, teacher, call, self.temperature, self.dim)
 
 
-def classes_at(answers: Tensor, call: Call) -> int:
-    """The class dimension of answers: where the labels' shape says, else by convention."""
-    axis = class_axis(answers, call)
-    return dense_axis(answers) if axis is None else axis
+def _of_enough(loss: Callable[[], Tensor], outputs: Tensor) -> Tensor:
+    """The loss; 0 with a warning for a batch of too few samples, such as the last one of a loader."""
+    try:
+        return loss()
+    except TooFew as error:
+        warnings.warn(f"a batch teaches nothing: {error}; use drop_last=True or larger batches", stacklevel=2)
+        return nothing(outputs)
 
 
-def _classes(call: Call) -> Tensor | None:
-    """The labels ``[N]`` of exclusive classes, if there are any."""
-    target = call.target
-    return target if isinstance(target, Tensor) and not target.is_floating_point() and target.dim() == 1 else None
-
-
-def _numbers(call: Call, answers: Tensor) -> Tensor | None:
-    """The numbers that answers of their shape should be, if there are any."""
-    target = call.target
-    return target if isinstance(target, Tensor) and target.shape == answers.shape and target.is_floating_point() else None
-
-
-def counting(call: Call, logits: Tensor) -> Tensor | None:
-    """Which words count: those with a label that is not -100, else those of the attention mask."""
-    target = call.target
-    if isinstance(target, Tensor) and target.shape == logits.shape[:-1] and not target.is_floating_point():
-        return target != -100
-    mask = call.kwargs.get("attention_mask")
-    return mask.bool() if isinstance(mask, Tensor) and mask.shape == logits.shape[:-1] else None
-
-
-#: losses between answers that can be asked for by name: ``(student, teacher, call, mix) -> scalar``
-NAMED: dict[str, Callable[[Tensor, Tensor, Call, Mix], Tensor]] = {
-    "kd": lambda s, t, call, mix: losses.kd(s, t, mix.temperature, classes_at(s, call) if mix.dim is None else mix.dim),
-    "dkd": lambda s, t, call, mix: losses.dkd(s, t, _classes(call), mix.temperature),
-    "dist": lambda s, t, call, mix: losses.dist(s, t, mix.temperature),
-    "mse": lambda s, t, call, mix: losses.logits_mse(s, t),
-    "multi_label": lambda s, t, call, mix: losses.multi_label(s, t, mix.temperature),
-    "regression": lambda s, t, call, mix: losses.bounded_regression(s, t, _numbers(call, s)),
-    "tokens": lambda s, t, call, mix: losses.tokens(s, t, counting(call, s), mix.temperature),
-    "embeddings": lambda s, t, call, mix: losses.embeddings(s, t),
-    "cosine": lambda s, t, call, mix: losses.cosine_embedding(s, t),
-}
+def suits(teacher: nn.Module, mix: Mix) -> None:
+    """Raises DataError if the answers of an `Ensemble` are not what the loss takes them for."""
+    if mix.alpha == 1 or not isinstance(teacher, Ensemble) or not isinstance(mix.loss, str):
+        return
+    wanted = NAMED[mix.loss].answers
+    if teacher.answers != wanted:
+        raise DataError(
+            f"the ensemble averages {teacher.answers}, and the loss {mix.loss!r} compares {wanted}: Ensemble(teachers, answers={wanted!r})"
+        )
 
 
 def watches(teacher: Teacher, taps: Sequence[FeatureTap]) -> None:
@@ -163,7 +148,8 @@ class Loss(nn.Module):
     """Distillation in any loop: plain PyTorch, Lightning, Accelerate.
 
     ``distill = Loss(teacher)``, then ``distill(student(x), x, target=y).backward()``: outputs of the student first, then what the student was
-    called with, as it was called. The teacher is no part of this module: its weights are in no state dict and no optimizer.
+    called with, as it was called. The teacher is no part of this module: its weights are in no state dict and no optimizer. Its answers are
+    remembered, so it must stay as it is; give ``Teacher(model, cache_bytes=0)`` for one that changes.
 
     Args:
         teacher: the model to learn from, or a `Teacher`.
@@ -186,6 +172,7 @@ class Loss(nn.Module):
         self.mix = Mix.of(mix, fields)
         taps = self.mix.used
         self._teacher = (teacher if isinstance(teacher, Teacher) else Teacher(teacher, [tap.teacher_module for tap in taps]),)
+        suits(self._teacher[0].model, self.mix)
         self._features: Features = {tap.module: [] for tap in taps}
         self._handles: list[Any] = []
         self.adapters = nn.ModuleList()
@@ -204,7 +191,8 @@ class Loss(nn.Module):
 
     def _keep(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if torch.is_grad_enabled() and module.training:
+            recomputed = torch._C._current_graph_task_id() != -1  # by activation checkpointing, inside a backward pass
+            if torch.is_grad_enabled() and module.training and not recomputed:
                 self._features[name].append(first_output(output))
 
         return hook

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from shohin.data import Call, first_output
 from shohin.distillation import losses
-from shohin.distillation.loss import counting
 from shohin.distillation.losses.shapes import same
+from shohin.distillation.named import counting
 from shohin.distillation.teacher import Teacher
 from shohin.errors import DataError
 from shohin.training import Objective

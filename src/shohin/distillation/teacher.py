@@ -220,7 +220,7 @@ def _agree(part: Tensor, whole: Tensor) -> bool:
     allowed = max(ROUNDING, *(torch.finfo(dtype).eps for dtype in shortest))
     if whole.is_cuda and torch.backends.cudnn.allow_tf32:
         allowed = max(allowed, 2.0**-10)  # what TF32 keeps of a float32
-    a, b = part.double().flatten(1), whole.double().flatten(1)
+    a, b = (x.double().reshape(len(x), -1) for x in (part, whole))
     if not torch.equal(a.isfinite(), b.isfinite()):
         return False
     a, b = (x.nan_to_num(0.0, 0.0, 0.0) for x in (a, b))  # answers that are ruled out are -inf

@@ -14,11 +14,12 @@ from shohin.data import Call, Data, first_output
 from shohin.distillation.adapters import Adapted, adapters_for
 from shohin.distillation.dot import make_dot, two_losses
 from shohin.distillation.features import FeatureTap, check_taps, recorded
-from shohin.distillation.loss import Between, Mix, classes_at, watches
-from shohin.distillation.losses import kd
+from shohin.distillation.loss import Between, Mix, suits, watches
+from shohin.distillation.losses.shapes import TooFew
 from shohin.distillation.teacher import Teacher
 from shohin.errors import DataError
 from shohin.training import Objective, TrainConfig, TrainResult, train
+from shohin.training.randomness import generators_of, isolated
 
 RECOVERY = TrainConfig(epochs=5, lr=2e-3, weight_decay=1e-4, warmup=0.1, clip=5.0)
 """A short recovery of a cut network on a CPU: AdamW, cosine."""
@@ -89,32 +90,36 @@ def distill(
         dot: ``delta`` of `Dot`: the teacher's gradient takes ``config.momentum + dot``, the task's ``config.momentum - dot``, for two
             backward passes a step. Needs a ``config`` with SGD, and 0 < ``alpha`` < 1.
         evaluate, lower_is_better: default the quality of ``data`` if it has a metric or integer targets; otherwise the
-            student's `divergence` from the teacher on validation, smaller being better.
+            student's `disagreement` with the teacher on validation: the loss that it is trained with, smaller being better.
         checkpoint, deadline, progress, training: see `shohin.training.train`.
 
     Raises:
         DataError: if ``alpha`` > 0 without labels, answers have other shapes, or the loss becomes NaN or Inf.
         ModelError: if a tap names no module, or features do not fit.
     """
-    if alpha > 0 and not data.has_labels:
+    with isolated(generators_of(data.train, data.validation)):  # looking at a first batch draws from them
+        labels, has_quality = data.has_labels, _has_quality(data)
+        first = next(data.calls("train"))
+    if alpha > 0 and not labels:
         raise DataError("alpha > 0 asks for labels, and the batches have none; use alpha=0 or Data(loss=...)")
     mix = Mix(loss, temperature, alpha, data.batch_loss if alpha > 0 else None, feature_weight, tuple(taps))
     model = teacher.model if isinstance(teacher, Teacher) else teacher
+    suits(model, mix)
     check_taps(student, model, mix.used)
     expert = teacher if isinstance(teacher, Teacher) else Teacher(teacher, [t.teacher_module for t in mix.used], _memory(config))
     watches(expert, mix.used)
     learner = student
     if mix.used:
-        adapters = adapters_for(student, model, mix.used, next(data.calls("train")), config.seed)
+        adapters = adapters_for(student, model, mix.used, first, config.seed)
         learner = Adapted(student, adapters) if adapters else student
     if evaluate is None:
-        if _has_quality(data):
+        if has_quality:
             evaluate = data.quality
         else:
             watcher, lower_is_better = Teacher(model), True
 
             def evaluate(model: nn.Module) -> float:
-                return divergence(model, watcher, data)
+                return disagreement(model, watcher, data, mix)
 
     if dot is not None:
         if training.get("optimizer") is not None:
@@ -131,6 +136,7 @@ def distill(
         lower_is_better=lower_is_better,
         deadline=deadline,
         progress=progress,
+        method=None if checkpoint is None else _method(mix, model),
         **training,
     )
     if learner is student:
@@ -146,14 +152,48 @@ def _memory(config: TrainConfig) -> int:
 
 def divergence(student: nn.Module, teacher: nn.Module | Teacher, data: Data, split: str = "validation") -> float:
     """Mean over the samples of a split of ``KL(teacher || student)`` of their answers, in nats."""
+    return disagreement(student, teacher, data, Mix(temperature=1.0), split)
+
+
+def disagreement(student: nn.Module, teacher: nn.Module | Teacher, data: Data, mix: Mix, split: str = "validation") -> float:
+    """Mean over the samples of a split of the loss between answers, or of the task's where the teacher has no weight.
+
+    Batches of too few samples for the loss do not count.
+
+    Raises:
+        DataError: if no batch counts, or answers do not fit the loss.
+    """
     expert = teacher if isinstance(teacher, Teacher) else Teacher(teacher, cache_bytes=0)
-    total, samples = 0.0, 0
+    total, samples, small = 0.0, 0, ""
     with torch.no_grad():
         for call in data.calls(split):
-            known = expert(call)[0]
-            total += kd(first_output(student(*call.args, **call.kwargs)), known, 1.0, classes_at(known, call)).item() * call.size
+            outputs = student(*call.args, **call.kwargs)
+            try:
+                if mix.alpha == 1 and mix.task_loss is not None:
+                    value = mix.task_loss(outputs, call)
+                else:
+                    value = mix.between(first_output(outputs), expert(call)[0], call)
+            except TooFew as error:
+                small = str(error)
+                continue
+            total += value.item() * call.size
             samples += call.size
+    if not samples:
+        raise DataError(f"no batch of the {split} data can be compared: {small}; use larger batches, or Data(metric=...)")
     return total / samples
+
+
+def _method(mix: Mix, teacher: nn.Module) -> dict[str, Any]:
+    """What a resumed distillation must share with the one that wrote the checkpoint."""
+    size = sum(float(t.double().norm()) for t in teacher.state_dict().values() if isinstance(t, Tensor) and t.is_floating_point())
+    return {
+        "the distillation loss": mix.name,
+        "the temperature": mix.temperature,
+        "alpha": mix.alpha,
+        "the weight of features": mix.feature_weight,
+        "the tapped modules": [[tap.module, tap.teacher_module] for tap in mix.used],
+        "the norm of the teacher's weights": f"{size:.6g}",
+    }
 
 
 def _has_quality(data: Data) -> bool:

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shohin.data import Call, Data
 from shohin.errors import DataError, ShohinError
@@ -35,9 +35,12 @@ def inherit(student: nn.Module, teacher: nn.Module, data: Data, calls: Sequence[
         data: for the loss; ``calls`` of it are looked at.
 
     Returns:
-        The plan, or None if the student was left as it is: names or shapes fit no plan, or its weights are already closer to the teacher.
+        The plan, or None if the student was left as it is: names or shapes fit no plan, its weights are already closer to the teacher, or
+        some of them are frozen.
     """
     wanted = {name: t.shape for name, t in student.state_dict().items()}
+    if not all(p.requires_grad for p in student.parameters()):
+        return None  # what is frozen stays as the user has it
     if not wanted.keys() <= teacher.state_dict().keys():
         return None
     try:
@@ -89,8 +92,13 @@ def _tensors(graph: Graph, region: Region) -> set[str]:
     return {names[i.name] for n in nodes for i in n.all_input_nodes if i.name in names}
 
 
+def _rows(answers: Tensor) -> Tensor:
+    """``[..., F]`` to ``[rows, F]``; ``[N]`` to ``[N, 1]``."""
+    return answers.flatten(0, -2) if answers.dim() > 1 else answers.reshape(-1, 1)
+
+
 def distance(student: nn.Module, teacher: nn.Module, calls: Sequence[Call]) -> float:
     """Squared error of the student's first output as a share of the variance of the teacher's; infinite where it is not finite."""
-    ours, theirs = (torch.cat([a.float().flatten(0, -2) for a in answers(model, calls)]) for model in (student, teacher))
+    ours, theirs = (torch.cat([_rows(a.float()) for a in answers(model, calls)]) for model in (student, teacher))
     error = (ours - theirs).square().mean() / (theirs - theirs.mean(0)).square().mean()
     return float(error) if bool(error.isfinite()) else torch.inf

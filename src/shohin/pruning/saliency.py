@@ -132,4 +132,4 @@ def sampled_loss(outputs: Any, call: Call, data: Data, generator: torch.Generato
         drawn = torch.multinomial(flat.detach().softmax(-1), 1, generator=generator).squeeze(1)
         return F.cross_entropy(flat, drawn)
     noise = torch.randn(answers.shape, generator=generator, dtype=answers.dtype)
-    return 0.5 * (answers - answers.detach() - noise).square().flatten(1).sum(1).mean()
+    return 0.5 * (answers - answers.detach() - noise).square().sum() / max(len(answers), 1)

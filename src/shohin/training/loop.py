@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ def train(
     optimizer: MakeOptimizer | None = None,
     schedule: Schedule | None = None,
     callbacks: Sequence[Callback] = (),
+    method: Mapping[str, Any] | None = None,
 ) -> TrainResult:
     """Trains ``model`` in place and leaves the best state in it.
 
@@ -58,7 +59,8 @@ def train(
     process 0's, and all stop together, at a deadline or an error in any of them. An epoch ends with the shortest loader.
 
     Args:
-        model: trained in train mode, evaluated in eval mode; its modes are given back.
+        model: trained in train mode, evaluated in eval mode; its modes are given back. Where it comes in train mode with modules
+            in eval mode (frozen normalization), these stay so.
         data: ``data.calls("train")`` is iterated anew each epoch.
         objective: ``(model, call, generator) -> (scalar loss, terms)``.
         config: default `TrainConfig()`.
@@ -72,6 +74,7 @@ def train(
         schedule: ``progress in [0, 1] -> factor`` of the optimizer's learning rates, instead of the config's.
         callbacks: each is called with the `EpochRecord` after every epoch, before its checkpoint is written: an epoch that a
             kill undid is told again. See `shohin.training.loggers`.
+        method: what a training that resumes must share beyond all this, by name: JSON-able settings of the objective.
 
     Raises:
         DataError: if the loss, a gradient or a validation value is NaN or Inf (the best state is in the model again).
@@ -83,7 +86,7 @@ def train(
     lower = data.lower_is_better if lower_is_better is None else lower_is_better
     generators = generators_of(data.train, data.validation)
     with isolated(generators), training_modes(model), TrainingBar(config.epochs, progress and distributed.rank() == 0) as bar:
-        job = _Job(model, data, objective, config, evaluate, lower, deadline, bar, generators, optimizer, schedule, callbacks)
+        job = _Job(model, data, objective, config, evaluate, lower, deadline, bar, generators, optimizer, schedule, callbacks, method or {})
         return job.run(checkpoint)
 
 
@@ -105,12 +108,14 @@ class _Job:
     make: MakeOptimizer | None
     schedule: Schedule | None
     callbacks: Sequence[Callback]
+    method: Mapping[str, Any]
     saved: Path | None = None
     position: Position = field(default_factory=Position)
 
     def run(self, checkpoint: Path | None) -> TrainResult:
         """Restores, trains epoch by epoch, and always leaves the best state in the model."""
         model, config = self.model, self.config
+        self.still = [m for m in model.modules() if model.training and not m.training]
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         with distributed.guarded(self.device):
             self.parameters = trainable(model)
@@ -156,7 +161,7 @@ class _Job:
         own = {} if self.make is None else {"the optimizer": type(self.optimizer).__qualname__, "its learning rates": self.stepper.peaks}
         plan = {} if self.schedule is None else {"the schedule": getattr(self.schedule, "__qualname__", type(self.schedule).__qualname__)}
         many = {} if distributed.world() == 1 else {"the number of processes": distributed.world()}
-        return {**own, **plan, **many}
+        return {**self.method, **own, **plan, **many}
 
     def _restore(self, checkpoint: Path | None, sign: dict[str, Any]) -> bool:
         found = None
@@ -206,6 +211,8 @@ class _Job:
         generator = seed_everything(mix(config.seed, played), self.generators, distributed.rank())
         tell_epoch(self.data.train, played)
         self.model.train()
+        for module in self.still:
+            module.training = False
         if position.batches is None:
             own = length_of(self.data.train if self.data.train is not None else self.data.validation, config.accumulate)
             told = distributed.gather(own, self.device)

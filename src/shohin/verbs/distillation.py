@@ -6,10 +6,10 @@ import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from shohin.candidate import Candidate, Measurement, Metrics
-from shohin.data import Data
+from shohin.data import Call, Data
 from shohin.errors import DataError
 from shohin.plan import Plan
 from shohin.verbs.common import calibration, checked, seeded
@@ -23,7 +23,7 @@ def distill(
     student: nn.Module,
     teacher: nn.Module | Sequence[nn.Module] | Teacher,
     data: Data,
-    losses: Sequence[str] | None = None,
+    losses: str | Sequence[str] | None = None,
     epochs: int = 5,
     *,
     config: TrainConfig | None = None,
@@ -33,10 +33,11 @@ def distill(
     """A copy of ``student``, trained to answer as ``teacher`` does; labels are used if there are any.
 
     Args:
-        teacher: a model, several whose probabilities are averaged, or a `shohin.distillation.Teacher` that keeps its answers on disk
+        teacher: a model, several whose answers are averaged (probabilities, where the loss is one of classes), or a `shohin.distillation.Teacher` that keeps its answers on disk
             or runs in a faster form.
         losses: the name of one loss between answers (see `shohin.distillation.Mix`), and "features" to follow the teacher's features
-            too, matched by what one tells of the other (`shohin.distillation.match`); default ("kd",).
+            too, matched by what one tells of the other (`shohin.distillation.match`); default "kd" for classes, "multi_label" where
+            each has a label of 0.0 or 1.0, "mse" for other numbers.
         epochs: passes over ``data.train``.
         config: how to train, instead of ``epochs`` and ``seed``; see `shohin.training.TrainConfig`.
         inherit: begin with the teacher's weights where a plan makes the student's architecture out of the teacher's (the same modules,
@@ -49,17 +50,22 @@ def distill(
     """
     from shohin.distillation import FEATURES, LABELS, Ensemble, FeatureTap, Teacher, match
     from shohin.distillation import distill as distill_
+    from shohin.distillation.named import NAMED
     from shohin.pipeline.inherit import inherit as inherit_
     from shohin.training import TrainConfig
 
-    names = tuple(losses or ("kd",))
-    answers = [n for n in names if n != "features"] or ["kd"]
-    if len(answers) != 1:
+    names = (losses,) if isinstance(losses, str) else tuple(losses or ())
+    answers = [n for n in names if n != "features"]
+    if len(answers) > 1:
         raise DataError(f"one loss between answers at a time; got {answers}")
     own = copy.deepcopy(student)
-    whose = teacher if isinstance(teacher, (nn.Module, Teacher)) else Ensemble(teacher)
     config = config or TrainConfig(epochs=epochs, seed=seed)
     with seeded(checked(data), config.seed):
+        several = [] if isinstance(teacher, (nn.Module, Teacher)) or not isinstance(teacher, Sequence) else teacher
+        one = teacher.model if isinstance(teacher, Teacher) else several[0] if several else teacher
+        loss = answers[0] if answers else _fitting(one, next(data.calls("train"))) if isinstance(one, nn.Module) else "kd"
+        kind = NAMED[loss].answers if loss in NAMED else "classes"
+        whose = teacher if isinstance(teacher, (nn.Module, Teacher)) else Ensemble(teacher, answers=kind)
         model = whose.model if isinstance(whose, Teacher) else whose
         plan = inherit_(own, model, data, calibration(data, config.seed), config.seed) if inherit else None
         taps: tuple[FeatureTap, ...] = ()
@@ -71,7 +77,7 @@ def distill(
             whose,
             data,
             config=config,
-            loss=answers[0],
+            loss=loss,
             alpha=LABELS if data.has_labels else 0.0,
             feature_weight=FEATURES if taps else 0.0,
             taps=taps,
@@ -81,3 +87,17 @@ def distill(
     if plan is not None:
         notes["inherited"] = plan.to_json()
     return Candidate("distilled", Plan(""), own, metrics=Metrics(quality=quality), notes=notes)
+
+
+def _fitting(teacher: nn.Module, call: Call) -> str:
+    """The loss between answers that suits a batch: by its labels, and by what the teacher says."""
+    from shohin.distillation.named import classes_at
+    from shohin.evidence import answers
+
+    answer, target = answers(teacher, [call])[0], call.target
+    labelled = isinstance(target, Tensor) and target.shape == answer.shape and target.is_floating_point()
+    if labelled and bool(((target == 0) | (target == 1)).all()):
+        return "multi_label"
+    if labelled or answer.dim() < 2 or answer.shape[classes_at(answer, call)] < 2:
+        return "mse"
+    return "kd"

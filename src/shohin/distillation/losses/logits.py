@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shohin.distillation.losses.shapes import same
+from shohin.distillation.losses.shapes import same, several
 from shohin.errors import DataError
 
 
@@ -19,6 +19,7 @@ def kd(student: Tensor, teacher: Tensor, temperature: float = 4.0, dim: int = -1
         dim: the class dimension.
     """
     same(student, teacher, temperature)
+    several(student, dim)
     log_s = F.log_softmax(student / temperature, dim)
     log_t = F.log_softmax(teacher.detach() / temperature, dim)
     return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(dim).mean() * temperature**2
@@ -68,6 +69,7 @@ def dist(student: Tensor, teacher: Tensor, temperature: float = 1.0, beta: float
     same(student, teacher, temperature)
     if student.dim() != 2:
         raise DataError(f"dist needs logits [N, C]; got {tuple(student.shape)}")
+    several(student, 1)
     s, t = (F.softmax(z / temperature, 1) for z in (student, teacher.detach()))
     loss = beta * (1 - _pearson(s, t)).mean()
     if len(s) > 1:

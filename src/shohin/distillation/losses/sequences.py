@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shohin.distillation.losses.shapes import rows, same
+from shohin.distillation.losses.shapes import rows, same, several
 from shohin.errors import DataError
 
 #: the label that torch's own losses leave out
@@ -29,6 +29,7 @@ def tokens(student: Tensor, teacher: Tensor, mask: Tensor | None = None, tempera
         beta: in [0, 1].
     """
     same(student, teacher, temperature)
+    several(student, -1)
     if not 0 <= beta <= 1:
         raise DataError(f"beta must be in [0, 1]; got {beta}")
     s, t = (F.log_softmax(x / temperature, -1) for x in (student, teacher.detach()))

@@ -11,6 +11,10 @@ from torch.nn import functional as F
 from shohin.errors import DataError
 
 
+class TooFew(DataError):
+    """A batch has fewer samples than a loss that compares them with each other needs."""
+
+
 def same(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> None:
     """Raises DataError unless both have one shape that is not empty, and the temperature is above 0."""
     if student.shape != teacher.shape:
@@ -21,6 +25,15 @@ def same(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> None:
         raise DataError(f"the batch is empty: the outputs have shape {tuple(student.shape)}")
     if not temperature > 0:
         raise DataError(f"temperature must be > 0; got {temperature}")
+
+
+def several(scores: Tensor, dim: int) -> None:
+    """Raises DataError unless there are two classes or more at ``dim``: the distribution over a single one is always the same."""
+    if scores.dim() < 2 or scores.shape[dim] < 2:
+        raise DataError(
+            f"class scores [N, C] with two classes or more are compared; got {tuple(scores.shape)}: use 'mse' or 'regression' for numbers, "
+            "'multi_label' for a single score of yes or no"
+        )
 
 
 def dense_axis(answers: Tensor) -> int:
@@ -42,7 +55,7 @@ def rows(student: Tensor, teacher: Tensor, least: int = 1) -> None:
     if student.dim() < 1 or teacher.dim() < 1 or len(student) != len(teacher):
         raise DataError(f"student and teacher hold other numbers of samples: shapes {tuple(student.shape)} and {tuple(teacher.shape)}")
     if len(student) < least:
-        raise DataError(f"this loss compares samples of a batch with each other: it needs {least} or more, got {len(student)}")
+        raise TooFew(f"this loss compares samples of a batch with each other: it needs {least} or more, got {len(student)}")
 
 
 def pooled(x: Tensor, size: Sequence[int]) -> Tensor:
