@@ -150,7 +150,7 @@ def test_refusals() -> None:
     for bad in ([], [3, 2], [0, 12], [-1, 4]):
         with pytest.raises(ModelError, match="ascending indices of 12"):
             compensate(layer.weight, layer.bias, m, torch.tensor(bad), groups=3)
-    with pytest.raises(DataError, match="not positive"):
+    with pytest.raises(DataError, match="hold NaN or Inf"):
         ridge_solve(torch.tensor([[1.0, float("nan")], [float("nan"), 1.0]]).double(), torch.ones(2, 1).double(), 0.0)
 
 

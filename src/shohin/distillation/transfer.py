@@ -20,6 +20,7 @@ from shohin.distillation.teacher import Teacher
 from shohin.errors import DataError
 from shohin.training import Objective, TrainConfig, TrainResult, train
 from shohin.training.randomness import generators_of, isolated
+from shohin.training.state import live_state, norm_of
 
 RECOVERY = TrainConfig(epochs=5, lr=2e-3, weight_decay=1e-4, warmup=0.1, clip=5.0)
 """A short recovery of a cut network on a CPU: AdamW, cosine."""
@@ -185,14 +186,13 @@ def disagreement(student: nn.Module, teacher: nn.Module | Teacher, data: Data, m
 
 def _method(mix: Mix, teacher: nn.Module) -> dict[str, Any]:
     """What a resumed distillation must share with the one that wrote the checkpoint."""
-    size = sum(float(t.double().norm()) for t in teacher.state_dict().values() if isinstance(t, Tensor) and t.is_floating_point())
     return {
         "the distillation loss": mix.name,
         "the temperature": mix.temperature,
         "alpha": mix.alpha,
         "the weight of features": mix.feature_weight,
         "the tapped modules": [[tap.module, tap.teacher_module] for tap in mix.used],
-        "the norm of the teacher's weights": f"{size:.6g}",
+        "the norm of the teacher's weights": norm_of(live_state(teacher)),
     }
 
 

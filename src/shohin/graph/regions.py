@@ -111,12 +111,13 @@ def _modules(program: Program) -> dict[str, list[fx.Node]]:
 
 
 def _module_regions(program: Program, labels: Mapping[str, Labels]) -> list[Region]:
-    regions = []
+    """Of a module and a list that holds it alone, the module, which comes later: so its name stays when its neighbours go."""
+    regions: dict[frozenset[str], Region] = {}
     for path, nodes in _modules(program).items():
         region = _region(program, labels, path, nodes, module=path)
         if region:
-            regions.append(region)
-    return regions
+            regions[region.nodes] = region
+    return list(regions.values())
 
 
 def _addition_regions(program: Program, labels: Mapping[str, Labels]) -> list[Region]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from shohin.data import Call, Data
 from shohin.distillation import LABELS, distill
-from shohin.errors import DataError, PlanError, closest
+from shohin.errors import DataError, ModelError, PlanError, closest
 from shohin.evidence import Divergence
 from shohin.evidence.divergence import answers
 from shohin.graph import Graph
@@ -193,9 +193,16 @@ def _planned(graph: Graph, data: Data, calls: Sequence[Call], wish: Wish, clock:
 
 
 def _unit_scores(graph: Graph, data: Data, calls: Sequence[Call], wish: Wish) -> dict[str, Tensor]:
-    try:
+    with _answers_are_finite(graph, calls):
         return CRITERIA[wish.scored_by](Inputs(graph, data, calls, wish.seed))
-    except RuntimeError as error:  # answers cannot be drawn from NaN
+
+
+@contextmanager
+def _answers_are_finite(graph: Graph, calls: Sequence[Call]) -> Iterator[None]:
+    """Raises DataError in place of what answers with NaN lead to: nothing can be drawn from them."""
+    try:
+        yield
+    except RuntimeError as error:
         if calls and not all(bool(a.isfinite().all()) for a in answers(view(graph, Plan(graph.program.fingerprint)), calls)):
             raise DataError("the model's answers on the calibration batches hold NaN or Inf: look for them in the data") from error
         raise
@@ -216,10 +223,10 @@ def prune_weights(model: nn.Module, graph: Graph, data: Data, calls: Sequence[Ca
         able = list(patterns)
         dense |= {n: "all of it stays by the allocation" for n, p in patterns.items() if not p.zeros}
         patterns = {n: p for n, p in patterns.items() if p.zeros}
-    with clock.step("sparsify"):
+    with clock.step("sparsify"), _answers_are_finite(graph, calls):
         update = recover is not None
         values = sparse.sparsify(graph, calls, patterns, criterion=wish.scored_by, update=update, data=data, seed=wish.seed)
-    made = deepcopy(model)
+    made = _copied(model)
     load_tensors(made, values)
     plan = Plan(graph.program.fingerprint, sparsity={name: str(pattern) for name, pattern in patterns.items()})
     notes: dict[str, Any] = {"left": _density(made, able), "criterion": wish.scored_by, "dense": dense}
@@ -227,6 +234,16 @@ def prune_weights(model: nn.Module, graph: Graph, data: Data, calls: Sequence[Ca
         with clock.step("distill"), sparse.masked(made, plan):
             notes["training"] = _distilled(made, model, data, wish)
     return Pruned(plan, made, {**notes, "seconds": clock.seconds})
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy. Raises ModelError for a model that cannot be copied."""
+    try:
+        return deepcopy(model)
+    except RuntimeError as error:
+        raise ModelError(
+            f"the model cannot be copied ({str(error).splitlines()[0]}); after torch.nn.utils.prune call prune.remove(module, name) first"
+        ) from error
 
 
 def _density(model: nn.Module, names: Collection[str]) -> float:

@@ -164,13 +164,14 @@ def _program(
         if names[c] not in counters
     )
     flat, spec = pytree.tree_flatten(inputs)
-    static = static_inputs(graph, user, batch_of(inputs) or 0) if not remarks or "batch" not in remarks[0] else []
+    lone = bool(remarks) and "batch" in remarks[0]  # it runs with a batch of one alone
+    static = [] if lone else static_inputs(graph, user, batch_of(inputs) or 0)
+    fixed = {n: remarks[0] for n, x in zip(user, flat, strict=True) if isinstance(x, Tensor) and x.dim()} if lone else {}
     if static:
         line = line_that_fixes(export)
-        remarks.extend(
-            f"the batch of input {asked[n]!r} is fixed to {batch_of(inputs)} by the model's own code" + (f" (at {line})" if line else "")
-            for n in static
-        )
+        where = f" (at {line})" if line else ""
+        fixed = {n: f"the batch of input {asked[n]!r} is fixed to {batch_of(inputs)} by the model's own code{where}" for n in static}
+        remarks.extend(fixed.values())
     if spec != exported.call_spec.in_spec:
         raise ModelError(f"torch.export takes the call as {exported.call_spec.in_spec}, the example is {spec}; give arguments by keyword")
     return Program(
@@ -187,6 +188,7 @@ def _program(
         origins=origins,
         sources=renamed_sources(sources, again),
         remarks=tuple(remarks),
+        fixed=fixed,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -191,13 +192,19 @@ def call_inputs(program: Program, call: Call) -> tuple[Any, ...]:
     """A call's arguments in the order of the program's inputs.
 
     Raises:
-        DataError: if the call has another structure than the example, or a tensor of another shape beyond the batch.
+        DataError: if the call has another structure than the example, a tensor of another shape beyond the batch, or another batch
+            where the model fixes it.
     """
     flat = arranged((tuple(call.args), dict(call.kwargs)), program.in_spec, program.signature, program.example)
     for name, x, example in zip(program.inputs, flat, program.example, strict=True):
         if isinstance(x, Tensor) and isinstance(example, Tensor) and x.shape[1:] != example.shape[1:]:
             raise DataError(
                 f"input {name!r} of a batch has shape {tuple(x.shape)}; the example had {tuple(example.shape)} (only the batch may differ)"
+            )
+        if name in program.fixed and isinstance(x, Tensor) and x.shape[:1] != example.shape[:1]:
+            raise DataError(
+                f"{program.fixed[name]}, and a batch has {len(x)} samples: write x.shape[0] in place of len(x) in the model, or give "
+                f"batches of {len(example)}"
             )
     return tuple(flat)
 
@@ -208,6 +215,9 @@ def restore_outputs(program: Program, flat: Any) -> Any:
 
 
 def joined_inputs(program: Program, calls: Sequence[Call], limit: int) -> tuple[Any, ...]:
-    """Inputs of all calls as one batch of at most ``limit`` samples."""
+    """Inputs of all calls as one batch of at most ``limit`` samples; of the first call where the model fixes the batch, with a warning."""
+    if program.fixed:
+        warnings.warn(f"{next(iter(program.fixed.values()))}: only the first batch is looked at", stacklevel=3)
+        return call_inputs(program, calls[0])
     columns = list(zip(*[call_inputs(program, c) for c in calls], strict=True))
     return tuple(torch.cat(list(column))[:limit] if isinstance(column[0], Tensor) and column[0].dim() else column[0] for column in columns)

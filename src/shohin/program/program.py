@@ -55,6 +55,7 @@ class Program:
         remarks: what lies outside the program (hooks, static batch...), one sentence each.
         training: True if training mode was captured.
         plan_fingerprint: of the evaluation program whose plans a training program accepts; "" for its own.
+        fixed: input placeholder whose batch is a number in the program -> why, as the remark says it.
     """
 
     graph: fx.Graph
@@ -72,6 +73,7 @@ class Program:
     remarks: tuple[str, ...] = ()
     training: bool = False
     plan_fingerprint: str = ""
+    fixed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def batch(self) -> int:

@@ -16,6 +16,9 @@ from torch import Tensor
 from shohin.errors import DataError, ModelError
 from shohin.evidence.gram import Moments
 
+#: of the second moments, what a covariance of inputs that came in float32 cannot tell from rounding
+ROUNDING = 1e-7
+
 
 def compensate(
     weight: Tensor,
@@ -64,7 +67,8 @@ def compensate(
         removed = torch.ones(per_group * taps, dtype=torch.bool)
         removed[features] = False
         w, c = flat[g], statistics[g]
-        gain = ridge_solve(c[features][:, features], c[features][:, removed] @ w[:, removed].T, ridge).T
+        floor = ROUNDING * float(moments.second[g].diagonal().mean())
+        gain = ridge_solve(c[features][:, features], c[features][:, removed] @ w[:, removed].T, ridge, floor).T
         new = w[:, features] + gain
         blocks.append(new)
         shifts.append(w @ moments.mean[g] - new @ moments.mean[g][features])
@@ -78,26 +82,32 @@ def compensate(
     return out.to(weight), new_bias
 
 
-def ridge_solve(matrix: Tensor, right: Tensor, ridge: float) -> Tensor:
-    """``(matrix + lambda I)^-1 right`` for a positive semi-definite matrix; lambda is ``ridge`` times its mean diagonal.
+def ridge_solve(matrix: Tensor, right: Tensor, ridge: float, floor: float = 0.0) -> Tensor:
+    """``(matrix + lambda I)^-1 right`` for a positive semi-definite matrix; lambda is ``ridge`` times its mean diagonal. Zero where the
+    inputs are constant: nothing can be regressed on them.
 
     Args:
         matrix: ``[K, K]``, float64.
         right: ``[K, n]``, float64.
         ridge: share, >= 0. If the sum is singular it is raised tenfold from 1e-12 until it can be factored.
+        floor: a mean diagonal of so little is rounding.
+
+    Raises:
+        DataError: if a value is NaN or Inf.
     """
+    if not bool(torch.isfinite(matrix.sum() + right.sum())):
+        raise DataError("the second moments of a layer's input hold NaN or Inf: check the calibration data")
     scale = float(matrix.diagonal().mean())
-    if scale <= 0:  # constant inputs: nothing can be regressed on them
+    if scale <= floor:
         return torch.zeros_like(right)
     share = ridge
     eye = torch.eye(len(matrix), dtype=matrix.dtype)
-    while True:
+    while share <= 10:
         factor, info = torch.linalg.cholesky_ex(matrix + share * scale * eye)
         if not int(info):
             return torch.cholesky_solve(right, factor)
-        if share > 1:
-            raise DataError("the second moments of a layer's input are not positive: check the calibration data for NaN or Inf")
         share = max(share * 10, 1e-12)
+    return torch.zeros_like(right)  # it is not positive, so it is rounding
 
 
 def _by_group(kept: Tensor, groups: int, per_group: int) -> Tensor:

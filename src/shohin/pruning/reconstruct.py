@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shohin.errors import DataError
-from shohin.pruning.compensation import ridge_solve
+from shohin.pruning.compensation import ROUNDING, ridge_solve
 
 #: shares of the mean variance of the inputs that are tried; infinite leaves the weights
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, math.inf)
@@ -97,7 +97,8 @@ class LeastSquares:
         new = w
         if ridge < math.inf:
             rest = xy - xx @ w.mT
-            new = w + torch.stack([ridge_solve(a, b, ridge).T for a, b in zip(xx, rest, strict=True)])
+            floors = (ROUNDING * self._xx.diagonal(dim1=1, dim2=2).mean(1) / self.rows).tolist() if bias else [0.0] * len(xx)
+            new = w + torch.stack([ridge_solve(a, b, ridge, f).T for a, b, f in zip(xx, rest, floors, strict=True)])
         if not bool(torch.isfinite(new).all()):
             raise DataError("least squares gave NaN or Inf: check the calibration data and the weights")
         shift = (mean_y - (new @ mean_x.unsqueeze(2)).squeeze(2)).flatten().to(prior) if bias else None

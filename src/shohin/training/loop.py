@@ -85,7 +85,13 @@ def train(
     config = config or TrainConfig()
     lower = data.lower_is_better if lower_is_better is None else lower_is_better
     generators = generators_of(data.train, data.validation)
-    with isolated(generators), training_modes(model), TrainingBar(config.epochs, progress and distributed.rank() == 0) as bar:
+    with (
+        isolated(generators),
+        training_modes(model),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        TrainingBar(config.epochs, progress and distributed.rank() == 0) as bar,
+    ):
         job = _Job(model, data, objective, config, evaluate, lower, deadline, bar, generators, optimizer, schedule, callbacks, method or {})
         return job.run(checkpoint)
 

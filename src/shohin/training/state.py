@@ -23,6 +23,12 @@ def copy_state(model: nn.Module) -> State:
     return {name: tensor.detach().clone() for name, tensor in live_state(model).items()}
 
 
+def norm_of(state: Mapping[str, Tensor]) -> float:
+    """The norm of all floating tensors together, to seven digits: tells weights apart."""
+    total = sum(float(t.detach().double().square().sum()) for t in state.values() if t.is_floating_point())
+    return float(f"{total**0.5:.6e}")
+
+
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copies tensors into the model, in place.
 

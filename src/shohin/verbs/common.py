@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from shohin.candidate import Measurement, Metrics
@@ -39,9 +40,11 @@ def as_call(example: Any) -> Any:
 
 @contextmanager
 def seeded(data: Data, seed: int) -> Iterator[None]:
-    """Inside, everything random, the loaders' order too, comes from the seed; afterwards it is as before."""
+    """Inside, everything random, the loaders' order too, comes from the seed; afterwards it is as before. Gradients can be taken inside,
+    wherever the verb was called.
+    """
     generators = generators_of(data.train, data.validation)
-    with isolated(generators):
+    with isolated(generators), torch.inference_mode(False), torch.enable_grad():
         seed_everything(mix(seed), generators)
         yield
 

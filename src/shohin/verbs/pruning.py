@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +89,10 @@ def prune(
 
     one_of("of", of, ("macs", "params"))
     one_of("recover", recover, RECOVERIES)
-    _check_numbers(keep, align=align, samples=samples, epochs=epochs)
+    _check_numbers(keep, align=align, samples=samples, epochs=epochs, seed=seed)
+    if uniform and not hasattr(model, "config"):
+        raise PlanError(f"uniform=True gives widths that a configuration of transformers can express, and {type(model).__name__} has none")
+    epochs, align, samples, seed = map(int, (epochs, align, samples, seed))
     kinds, pattern = _granularity(granularity, keep)
     checked(data)
     if out is not None:
@@ -103,7 +107,7 @@ def prune(
         if named:
             raise PlanError(f"a budget is planned on the target, over all units: {named}= has nothing to decide")
         return _within(model, data, budget, target, recover, seed, out)
-    share = 0.5 if keep is None else keep
+    share = 0.5 if keep is None else float(keep)
     wish = Wish(share, of, criterion, kinds, pattern, allocation, normalization, align, uniform, epochs, seed)
     wish.check(data.has_batches)
     if recover == "auto":
@@ -140,13 +144,13 @@ def _within(
 def _check_numbers(keep: object, **counts: object) -> None:
     """Raises PlanError for a share or a count that cannot be one."""
     if keep is not None:
-        share = float(keep) if isinstance(keep, (int, float)) and not isinstance(keep, bool) else math.nan
+        share = float(keep) if isinstance(keep, Real) and not isinstance(keep, bool) else math.nan
         if not 0 < share <= 1:
             hint = f": for {share:g} % write keep={share / 100:g}" if 1 < share <= 100 else ""
             raise PlanError(f"keep must be a share in (0, 1]; got {keep!r}{hint}")
     for name, value in counts.items():
-        least = 0 if name == "epochs" else 1
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        least = 0 if name in ("epochs", "seed") else 1
+        if not isinstance(value, Integral) or isinstance(value, bool) or not least <= int(value) < 2**63:
             raise PlanError(f"{name} must be a whole number, at least {least}; got {value!r}")
 
 

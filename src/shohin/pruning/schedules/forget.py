@@ -16,6 +16,7 @@ from shohin.graph import Graph
 from shohin.plan import Plan
 from shohin.planning.widths import group_counts, plan_of
 from shohin.pruning.allocation import ranked
+from shohin.pruning.schedules.amounts import check_amounts
 from shohin.pruning.schedules.beside import Beside, Training, name_of, steps_in, train_with
 from shohin.pruning.schedules.producing import Slices
 from shohin.pruning.schedules.zeros import Zeroed, key, units_of, values_of, zeroed
@@ -57,10 +58,11 @@ def forget(
         training: see `gradual`.
 
     Raises:
-        PlanError: if the share cannot be reached, or the chosen plan removes units that cannot be made zero.
+        PlanError: if an option is not known, the share cannot be reached, or the chosen plan removes units that cannot be made zero.
         DataError: if warm-up or length is None and the loader does not tell its length, or the periods do not fit.
         RunError: if the checkpoint belongs to another training or another pruning.
     """
+    check_amounts(of, align, keep)
     config = config or TrainConfig()
     slices, excluded = units_of(graph, model)
     choose = keep if callable(keep) else _chooser(keep, of, align)

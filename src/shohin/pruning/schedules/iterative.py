@@ -20,12 +20,14 @@ from shohin.planning.choice import Choice
 from shohin.planning.widths import group_counts, plan_of
 from shohin.pruning.allocation import counted, ranked
 from shohin.pruning.saliency import group_saliency
+from shohin.pruning.schedules.amounts import check_amounts
 from shohin.pruning.schedules.beside import Training, name_of
-from shohin.pruning.schedules.rounds import Rounds, norms
+from shohin.pruning.schedules.rounds import Rounds
 from shohin.surgery import cut_sharing_values, understand
 from shohin.training import Objective, TrainConfig, TrainResult, copy_state, load_state, train
 from shohin.training.loop import Evaluate
 from shohin.training.randomness import generators_of, isolated, mix, seed_everything
+from shohin.training.state import norm_of
 
 Score = Callable[[Graph, nn.Module], Mapping[str, Sequence[float]]]
 """``score(graph, model) -> {group: one number for each unit}``; what is low goes first."""
@@ -89,6 +91,7 @@ def iterative(
         PlanError: if a share cannot be reached; the rounds before are in the folder.
         RunError: if the folder belongs to another job.
     """
+    check_amounts(of, align)
     config = config or TrainConfig()
     if not shares or list(shares) != sorted(shares) or not all(0 <= s < 1 for s in shares):
         raise DataError(f"iterative pruning needs ascending shares in [0, 1), at least one; got {list(shares)}")
@@ -96,7 +99,7 @@ def iterative(
     settings = {
         "method": "iterative",
         "fingerprint": original.program.fingerprint,
-        "start": norms(copy_state(model)),
+        "start": norm_of(copy_state(model)),
         "config": config.to_json(),
         "shares": list(shares),
         "of": of,

@@ -16,10 +16,10 @@ from shohin.data import Data
 from shohin.errors import DataError
 from shohin.pruning.schedules.beside import Beside, Training, name_of, train_with
 from shohin.pruning.schedules.masks import MASK, Masks, Score, apply, gone_share, grown, hold, magnitude, patterns_of, quiet
-from shohin.pruning.schedules.rounds import Rounds, norms
+from shohin.pruning.schedules.rounds import Rounds
 from shohin.pruning.sparse.patterns import Pattern
 from shohin.training import Objective, TrainConfig, TrainResult, copy_state, load_state
-from shohin.training.state import live_state
+from shohin.training.state import live_state, norm_of
 
 _EARLY = "early"
 
@@ -125,7 +125,7 @@ def _settings(
         "shares": list(shares),
         "early": early,
         "score": name_of(score),
-        "start": norms(start),
+        "start": norm_of(start),
     }
 
 

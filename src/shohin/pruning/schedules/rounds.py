@@ -59,9 +59,3 @@ class Rounds:
     def checkpoint(self, number: int) -> Path | None:
         """Where the training of a round keeps its checkpoint."""
         return None if self.folder is None else self.folder / str(number) / "work" / "training.safetensors"
-
-
-def norms(state: Mapping[str, Tensor]) -> float:
-    """The norm of all floating tensors together, to seven digits: tells starting weights apart."""
-    total = sum(float(t.detach().double().square().sum()) for t in state.values() if t.is_floating_point())
-    return float(f"{total**0.5:.6e}")

@@ -17,6 +17,7 @@ from shohin.data import Data
 from shohin.errors import DataError, PlanError
 from shohin.graph import Graph
 from shohin.plan import Plan
+from shohin.pruning.schedules.amounts import check_graph
 from shohin.pruning.schedules.beside import Beside, Training, train_with
 from shohin.pruning.schedules.producing import Slices, producing
 from shohin.training import Objective, TrainConfig, TrainResult
@@ -111,7 +112,13 @@ def key(group: str, what: str) -> str:
 
 
 def units_of(graph: Graph, model: nn.Module) -> tuple[dict[str, Slices], dict[str, str]]:
-    """`producing`, without the groups that are not wholly trained. Raises DataError if there is nothing left."""
+    """`producing`, without the groups that are not wholly trained.
+
+    Raises:
+        DataError: if there is nothing left.
+        ModelError: if the graph is of another model.
+    """
+    check_graph(model, graph)
     slices, excluded = producing(graph)
     fixed = {name for name, p in model.named_parameters() if not p.requires_grad}
     for name in list(slices):

@@ -39,7 +39,7 @@ def restored(matrix: Tensor, like: Tensor, pattern: Pattern) -> Tensor:
     return out.reshape(like.shape).to(like.device)
 
 
-def damped(hessian: Tensor, damp: float) -> Tensor:
+def damped(hessian: Tensor, damp: float | Tensor) -> Tensor:
     """``H + damp * mean diagonal * I`` for each group; the identity for a group whose inputs are all zero."""
     scale = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)
     add = torch.where(scale > 0, damp * scale, torch.ones_like(scale))
@@ -47,19 +47,20 @@ def damped(hessian: Tensor, damp: float) -> Tensor:
 
 
 def factored(hessian: Tensor, damp: float) -> Tensor:
-    """Lower Cholesky factor of the damped Hessian; the damping grows tenfold from 1e-12 until there is one.
+    """Lower Cholesky factor of the damped Hessian ``[G, F, F]``; the damping of a group grows tenfold from 1e-12 until there is one.
 
-    Raises:
-        DataError: if there is none, which positive semi-definite moments cannot bring about.
+    A group that has none is no matrix of moments but what rounding left of constant inputs: its columns count alike.
     """
+    factor: Tensor
+    share = torch.full((len(hessian),), damp, dtype=hessian.dtype)
     while True:
-        factor: Tensor
-        factor, info = torch.linalg.cholesky_ex(damped(hessian, damp))
-        if not bool(info.any()):
+        factor, info = torch.linalg.cholesky_ex(damped(hessian, share))
+        failed = info != 0
+        if not bool(failed.any()):
             return factor
-        if damp > 1:
-            raise DataError("the second moments of a layer's input are not positive: check the calibration data for NaN or Inf")
-        damp = max(damp * 10, 1e-12)
+        share = torch.where(failed, (share * 10).clamp_min(1e-12), share)
+        constant = failed & (share > 10)
+        hessian = torch.where(constant[:, None, None], 0.0, hessian)
 
 
 def output_error(weight: Tensor, changed: Tensor, hessian: Tensor) -> float:

@@ -128,7 +128,8 @@ class Pattern:
 
         Args:
             scores: one for each element, in the shape of the weight.
-            per_row: the same number of units stays in each output row (in each row of blocks), up to one; of N:M this is so anyway.
+            per_row: the same number of units stays in each output row (in each row of blocks), up to one more or less; of N:M this is so
+                anyway.
 
         Returns:
             Boolean mask of the same shape, True for what stays. Of equal scores the earlier element goes.
@@ -157,10 +158,9 @@ class Pattern:
             return keep_largest(torch.unflatten(units, 1, (-1, self.of)), self.kept).flatten(1)
         if not per_row:
             return keep_largest(units.flatten(), units.numel() - self.dropped(units.numel())).reshape(units.shape)
-        rows, columns = units.shape
-        total = self.dropped(units.numel())
+        rows, total = len(units), self.dropped(units.numel())
         ends = [round((i + 1) * total / rows) for i in range(rows)]
-        counts = torch.tensor([b - a for a, b in zip([0, *ends], ends, strict=False)]).clamp_max(columns - 1)
+        counts = torch.tensor([b - a for a, b in zip([0, *ends], ends, strict=False)])
         return ranks(units) >= counts.to(units.device).unsqueeze(1)
 
     def holds(self, weight: Tensor) -> bool:

@@ -145,18 +145,24 @@ def _walk(
     changed: dict[str, Tensor] = {}
     tensors = applied(program, {})
 
+    def made(node: fx.Node, value: Tensor, x: Tensor, name: str) -> Tensor:
+        """The sparse weight of the layer that reads it first."""
+        weight, pattern = chosen[name]
+        if not any(len(places[n]) for n in weight.nodes):  # no answer depends on these samples here
+            return tensors[name].masked_fill(~pattern.select(tensors[name].abs()), 0.0)
+        rows = None if name in shared else input_rows(node, x, weight, places[node.name])
+        moments = shared[name] if rows is None else _moments([rows], weight)
+        centred = weight.nodes == (node.name,) and _centred(node, own_bias, own_norm)
+        cross = None
+        if rows is not None and node.name in dense.rows:
+            missing = dense.rows[node.name].double() - output_rows(node, value, places[node.name]).double()
+            cross = cross_moments(rows, missing, weight.groups, centred)
+        return sparse(how, weight, pattern, tensors[name], moments, centred, cross)
+
     def visit(node: fx.Node, value: Any, args: tuple[Any, ...]) -> Any:
         if node.name in first:
             name = first[node.name]
-            weight, pattern = chosen[name]
-            rows = None if name in shared else input_rows(node, args[0], weight, places[node.name])
-            moments = shared[name] if rows is None else _moments([rows], weight)
-            centred = weight.nodes == (node.name,) and _centred(node, own_bias, own_norm)
-            cross = None
-            if rows is not None and node.name in dense.rows:
-                missing = dense.rows[node.name].double() - output_rows(node, value, places[node.name]).double()
-                cross = cross_moments(rows, missing, weight.groups, centred)
-            changed[name] = sparse(how, weight, pattern, tensors[name], moments, centred, cross)
+            changed[name] = made(node, value, args[0], name)
             if tick is not None:
                 tick()
         if node.name in readers:
@@ -199,6 +205,8 @@ def _shared(program: Program, inputs: tuple[Any, ...], places: Mapping[str, Tens
         weight = wanted.get(node.name)
         if weight is not None:
             rows = input_rows(node, args[0], weight, places[node.name])
+            if not len(rows):
+                return value
             found.setdefault(weight.name, GramAccumulator(rows.shape[1], None, groups=weight.groups)).update_rows(rows)
         return value
 
