@@ -290,23 +290,31 @@ def _fitting(scores: Tensor, target: Tensor) -> int | None:
 
 
 def first_output(outputs: Any) -> Tensor:
-    """The first tensor of a model's outputs (the logits, by convention)."""
+    """The first tensor of a model's outputs (the logits, by convention) that holds no whole numbers, if there is one."""
     if isinstance(outputs, Tensor):
         return outputs
     if getattr(outputs, "logits", None) is not None:
         logits: Tensor = outputs.logits
         return logits
-    return _first_tensor(outputs)
+    first = _first_tensor(outputs)
+    return first if first.is_floating_point() else next((t for t in _tensors(outputs) if t.is_floating_point()), first)
 
 
 def _first_tensor(value: Any, least_dims: int = 0) -> Tensor:
+    for tensor in _tensors(value):
+        if tensor.dim() >= least_dims:
+            return tensor
+    raise DataError(f"expected a tensor{' with a batch dimension' if least_dims else ''}, found none in {type(value).__name__}")
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors of nested containers, in their order."""
     stack = [value]
     while stack:
         item = stack.pop(0)
-        if isinstance(item, Tensor) and item.dim() >= least_dims:
-            return item
-        if isinstance(item, Mapping):
+        if isinstance(item, Tensor):
+            yield item
+        elif isinstance(item, Mapping):
             stack = [*item.values(), *stack]
         elif isinstance(item, (tuple, list)):
             stack = [*item, *stack]
-    raise DataError(f"expected a tensor{' with a batch dimension' if least_dims else ''}, found none in {type(value).__name__}")

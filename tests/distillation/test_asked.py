@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 import shohin
-from shohin.data import Call, Data
+from shohin.data import Call, Data, first_output
 from shohin.distillation import Ensemble, FeatureTap, Loss, Mix, Teacher, assistants, born_again, distill, losses
 from shohin.distillation.named import NAMED
-from shohin.errors import DataError, RunError
+from shohin.errors import DataError, ModelError, RunError
 from shohin.training import TrainConfig
 
 torch.set_num_threads(1)
@@ -315,6 +315,18 @@ def test_features_of_modules_that_are_recomputed() -> None:
     for _ in range(3):
         loss(student(X), X).backward()
         assert loss.terms["features"] > 0
+
+
+def test_vectors_behind_whole_numbers_are_found() -> None:
+    """As text encoders give them: words first, then what they mean."""
+    assert torch.equal(first_output({"input_ids": torch.ones(2, 3).long(), "sentence_embedding": X}), X)
+    assert torch.equal(first_output((torch.ones(2).long(), torch.zeros(3).long())), torch.ones(2).long())
+
+
+def test_two_adapters_of_one_module_are_refused() -> None:
+    taps = [FeatureTap("0", teacher="0"), FeatureTap("0", teacher="2")]
+    with pytest.raises(ModelError, match="two feature taps of '0' need an adapter each"):
+        distill(mlp(3, 1, 8), mlp(3, 0), Data(PLAIN), config=SHORT, taps=taps, feature_weight=1.0)
 
 
 def test_a_mix_names_its_loss_between_answers() -> None:

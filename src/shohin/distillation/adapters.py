@@ -93,6 +93,8 @@ def adapters_for(student: nn.Module, teacher: nn.Module, taps: Sequence[FeatureT
                 f"feature tap {tap.module!r}: no linear layer leads from the student's {tuple(a.shape)} to the teacher's {tuple(b.shape)}; "
                 "choose modules whose outputs have one rank and, for sequences, one length"
             )
+        if tap.module in made:
+            raise ModelError(f"two feature taps of {tap.module!r} need an adapter each; tap modules inside it, or follow one module with it")
         made[tap.module] = Adapter(a.shape[dim], b.shape[dim], dim, seed + i).to(a.device, a.dtype)
     return made
 
