@@ -94,7 +94,9 @@ def adapters_for(student: nn.Module, teacher: nn.Module, taps: Sequence[FeatureT
                 "choose modules whose outputs have one rank and, for sequences, one length"
             )
         if tap.module in made:
-            raise ModelError(f"two feature taps of {tap.module!r} need an adapter each; tap modules inside it, or follow one module with it")
+            raise ModelError(
+                f"two feature taps of {tap.module!r} need an adapter each; tap modules inside it, or follow one module with it"
+            )
         made[tap.module] = Adapter(a.shape[dim], b.shape[dim], dim, seed + i).to(a.device, a.dtype)
     return made
 
