@@ -86,7 +86,9 @@ DEFAULTS: dict[str, tuple[nn.Module, Any, str]] = {
     "a number": (mlp(1, 0), torch.randn(16, 1), "mse"),
     "numbers": (mlp(3, 0), torch.randn(16, 3), "mse"),
     "unlabelled number": (mlp(1, 0), None, "mse"),
-    "labels": (mlp(3, 0), torch.randint(2, (16, 3)).float(), "multi_label"),
+    "one of the classes": (mlp(3, 0), torch.eye(3)[torch.arange(16) % 3], "kd"),
+    "mixed classes": (mlp(3, 0), torch.full((16, 3), 0.5) * torch.tensor([1.0, 0.5, 0.5]), "kd"),
+    "labels": (mlp(3, 0), torch.tensor([1.0, 1.0, 0.0]).expand(16, 3), "multi_label"),
 }
 
 

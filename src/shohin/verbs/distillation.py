@@ -36,8 +36,8 @@ def distill(
         teacher: a model, several whose answers are averaged (probabilities, where the loss is one of classes), or a `shohin.distillation.Teacher` that keeps its answers on disk
             or runs in a faster form.
         losses: the name of one loss between answers (see `shohin.distillation.Mix`), and "features" to follow the teacher's features
-            too, matched by what one tells of the other (`shohin.distillation.match`); default "kd" for classes, "multi_label" where
-            each has a label of 0.0 or 1.0, "mse" for other numbers.
+            too, matched by what one tells of the other (`shohin.distillation.match`); default "kd" for classes (labels may be
+            their probabilities), "multi_label" where each answer has a label of 0.0 or 1.0, "mse" for other numbers.
         epochs: passes over ``data.train``.
         config: how to train, instead of ``epochs`` and ``seed``; see `shohin.training.TrainConfig`.
         inherit: begin with the teacher's weights where a plan makes the student's architecture out of the teacher's (the same modules,
@@ -95,9 +95,10 @@ def _fitting(teacher: nn.Module, call: Call) -> str:
     from shohin.evidence import answers
 
     answer, target = answers(teacher, [call])[0], call.target
-    labelled = isinstance(target, Tensor) and target.shape == answer.shape and target.is_floating_point()
-    if labelled and bool(((target == 0) | (target == 1)).all()):
-        return "multi_label"
-    if labelled or answer.dim() < 2 or answer.shape[classes_at(answer, call)] < 2:
+    if answer.dim() < 2 or answer.shape[classes_at(answer, call)] < 2:
         return "mse"
-    return "kd"
+    if not isinstance(target, Tensor) or target.shape != answer.shape or not target.is_floating_point():
+        return "kd"
+    if bool((target >= 0).all()) and bool(((target.sum(classes_at(answer, call)) - 1).abs() < 1e-3).all()):
+        return "kd"  # a distribution of classes for each sample, such as one of them or a mixture
+    return "multi_label" if bool(((target == 0) | (target == 1)).all()) else "mse"
