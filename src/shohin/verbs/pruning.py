@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
-from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,10 +84,14 @@ def prune(
         RunError: if there is a file where ``out`` should be a folder.
     """
     from shohin.pipeline.pruned import Wish, prune_units, prune_weights
+    from shohin.pruning.amounts import check_count, check_share
 
     one_of("of", of, ("macs", "params"))
     one_of("recover", recover, RECOVERIES)
-    _check_numbers(keep, align=align, samples=samples, epochs=epochs, seed=seed)
+    if keep is not None:
+        check_share(keep)
+    for name, value, least in (("align", align, 1), ("samples", samples, 1), ("epochs", epochs, 0), ("seed", seed, 0)):
+        check_count(name, value, least)
     if uniform and not hasattr(model, "config"):
         raise PlanError(f"uniform=True gives widths that a configuration of transformers can express, and {type(model).__name__} has none")
     epochs, align, samples, seed = map(int, (epochs, align, samples, seed))
@@ -139,19 +141,6 @@ def _within(
     facts: dict[str, Any] = {"met": found.met}
     facts |= {name: found.notes[name] for name in ("unmet", "reasons") if name in found.notes}
     return replace(found.best, notes={**found.best.notes, **facts})
-
-
-def _check_numbers(keep: object, **counts: object) -> None:
-    """Raises PlanError for a share or a count that cannot be one."""
-    if keep is not None:
-        share = float(keep) if isinstance(keep, Real) and not isinstance(keep, bool) else math.nan
-        if not 0 < share <= 1:
-            hint = f": for {share:g} % write keep={share / 100:g}" if 1 < share <= 100 else ""
-            raise PlanError(f"keep must be a share in (0, 1]; got {keep!r}{hint}")
-    for name, value in counts.items():
-        least = 0 if name in ("epochs", "seed") else 1
-        if not isinstance(value, Integral) or isinstance(value, bool) or not least <= int(value) < 2**63:
-            raise PlanError(f"{name} must be a whole number, at least {least}; got {value!r}")
 
 
 def _check_folder(out: str | Path) -> None:

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shohin.data import IGNORED
 from shohin.distillation.losses.shapes import rows, same, several
 from shohin.errors import DataError
-
-#: the label that torch's own losses leave out
-IGNORED = -100
 
 
 def tokens(student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0, beta: float = 0.0) -> Tensor:

@@ -16,7 +16,7 @@ from shohin.graph import Graph
 from shohin.plan import Plan
 from shohin.planning.widths import group_counts, plan_of
 from shohin.pruning.allocation import ranked
-from shohin.pruning.schedules.amounts import check_amounts
+from shohin.pruning.amounts import check_amounts
 from shohin.pruning.schedules.beside import Beside, Training, name_of, steps_in, train_with
 from shohin.pruning.schedules.producing import Slices
 from shohin.pruning.schedules.zeros import Zeroed, key, units_of, values_of, zeroed

@@ -19,8 +19,8 @@ from shohin.plan import Plan
 from shohin.planning.choice import Choice
 from shohin.planning.widths import group_counts, plan_of
 from shohin.pruning.allocation import counted, ranked
+from shohin.pruning.amounts import check_amounts
 from shohin.pruning.saliency import group_saliency
-from shohin.pruning.schedules.amounts import check_amounts
 from shohin.pruning.schedules.beside import Training, name_of
 from shohin.pruning.schedules.rounds import Rounds
 from shohin.surgery import cut_sharing_values, understand

@@ -17,7 +17,7 @@ from shohin.data import Data
 from shohin.errors import DataError, PlanError
 from shohin.graph import Graph
 from shohin.plan import Plan
-from shohin.pruning.schedules.amounts import check_graph
+from shohin.pruning.amounts import check_graph
 from shohin.pruning.schedules.beside import Beside, Training, train_with
 from shohin.pruning.schedules.producing import Slices, producing
 from shohin.training import Objective, TrainConfig, TrainResult
