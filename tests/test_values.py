@@ -209,6 +209,7 @@ def test_empty_and_used_up_loaders() -> None:
     with pytest.raises(DataError, match="no test batches"):
         list(Data([X]).calls("test"))
     assert len(list(Data([X] * 5).calls("train", limit=13))) == 3  # whole batches
+    assert Data([X[:0], X]).example().size == len(X)  # batches without samples are passed over
 
 
 def logits(x: Tensor) -> Tensor:

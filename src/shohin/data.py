@@ -97,7 +97,7 @@ class Data:
         return next(self.calls("train" if self.train is not None else "validation"))
 
     def calls(self, split: str, limit: int | None = None) -> Iterator[Call]:
-        """The batches of a split as calls, at most ``limit`` samples in whole batches.
+        """The batches of a split as calls, at most ``limit`` samples in whole batches; batches without samples are passed over.
 
         Raises:
             DataError: if the split is missing or empty, or a batch has a form that is not known.
@@ -113,12 +113,15 @@ class Data:
         for batch in batches:
             came = True
             call = self.call(batch)
+            size = call.size
+            if not size:
+                continue
             yield call
-            seen += call.size
+            seen += size
             if limit is not None and seen >= limit:
                 return
         if not seen:
-            why = "the first dimension of its batches is 0" if came else f"iterating it gave no batch ({_ONE_PASS})"
+            why = "the first dimension of all its batches is 0" if came else f"iterating it gave no batch ({_ONE_PASS})"
             raise DataError(f"the {split} loader is empty: {why}")
 
     def call(self, batch: Any) -> Call:

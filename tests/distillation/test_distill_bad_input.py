@@ -19,7 +19,7 @@ def net(classes: int = 3, width: int = 8) -> nn.Sequential:
     ("batches", "said"),
     [
         ([], "gave no batch"),
-        ([(X[:0], Y[:0])], "first dimension of its batches is 0"),
+        ([(X[:0], Y[:0])], "first dimension of all its batches is 0"),
         ([(X, Y + 1)], "labels from 1 to 3 do not fit 3 classes"),
         ([(X, Y), (X * torch.nan, Y)], "NaN"),
     ],

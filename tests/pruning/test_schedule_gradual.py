@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch import nn
 
 from shohin.data import Data
 from shohin.errors import DataError, ModelError, PlanError
-from shohin.pruning.schedules import cubic, gradual, one_shot
+from shohin.pruning.schedules import cubic, gradual, hard_movement, one_shot
 from shohin.pruning.schedules.masks import grown, lowest
 from shohin.pruning.sparse.patterns import Pattern
 from shohin.training import TrainConfig
@@ -39,6 +41,13 @@ def test_zeros_follow_the_schedule_after_every_step(optimizer: str) -> None:
             assert share == pytest.approx(shares(step) if step else 0.0, abs=0.51 / sizes[name]), (step, name)
     assert done.share == pytest.approx(0.8, abs=0.01)
     assert all(torch.equal(done.masks[n], dict(model.named_parameters())[n] != 0) for n in done.masks)
+
+
+@pytest.mark.parametrize("schedule", [gradual, hard_movement])
+def test_a_ramp_that_is_longer_than_the_training_is_no_silent_end(schedule: Callable[..., Any]) -> None:
+    with pytest.warns(UserWarning, match=r"ends after 24 steps with .* gone; the ramp goes on to 80.0% at step 60"):
+        done = schedule(mlp(), vectors(), task, short("adamw"), pattern="unstructured 0.8", shares=cubic(0.8, 0, 60))
+    assert done.share < 0.75
 
 
 def test_what_is_gone_stays_gone_and_what_stays_is_the_largest() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Unpack
 
@@ -10,7 +11,7 @@ from torch import nn
 from shohin.data import Data
 from shohin.errors import DataError
 from shohin.pruning.schedules.beside import Beside, Training, name_of, steps_in, train_with
-from shohin.pruning.schedules.cubic import Shares, cubic
+from shohin.pruning.schedules.cubic import Ramp, Shares, cubic
 from shohin.pruning.schedules.masks import MASK, Score, Sparse, finished, grown, hold, magnitude, patterns_of, quiet
 from shohin.pruning.sparse.patterns import Pattern
 from shohin.training import Objective, TrainConfig
@@ -48,6 +49,7 @@ def gradual(
     config = config or TrainConfig()
     patterns = patterns_of(model, pattern)
     ramp = shares or ramp_over(data, config, patterns)
+    warn_of_an_early_end(ramp, data, config)
     names = list(patterns)
 
     def after(beside: Beside) -> None:
@@ -80,3 +82,14 @@ def ramp_over(data: Data, config: TrainConfig, patterns: Mapping[str, Pattern]) 
         raise DataError("the training loader does not tell its length: say when the zeros come, shares=cubic(0.9, begin=0, end=1000)")
     end = max(2 * steps // 3, 1)
     return cubic(max(pattern.zeros for pattern in patterns.values()), 0, end, every=max(end // 100, 1))
+
+
+def warn_of_an_early_end(shares: Shares, data: Data, config: TrainConfig) -> None:
+    """Warns if the training is over before a ramp is."""
+    steps = steps_in(data, config)
+    if isinstance(shares, Ramp) and steps is not None and steps < shares.end:
+        warnings.warn(
+            f"the training ends after {steps} steps with {shares(steps):.1%} gone; the ramp goes on to {shares.final:.1%} at step "
+            f"{shares.end}: train longer, or let it end earlier",
+            stacklevel=3,
+        )

@@ -18,7 +18,7 @@ from shohin.data import Data
 from shohin.errors import DataError
 from shohin.pruning.schedules.beside import Beside, Training, name_of, train_with
 from shohin.pruning.schedules.cubic import Shares
-from shohin.pruning.schedules.gradual import ramp_over
+from shohin.pruning.schedules.gradual import ramp_over, warn_of_an_early_end
 from shohin.pruning.schedules.masks import MASK, Sparse, finished, grown, hold, patterns_of, quiet, weights_of
 from shohin.pruning.sparse.patterns import Pattern
 from shohin.training import Objective, TrainConfig
@@ -50,6 +50,7 @@ def hard_movement(
     config = config or TrainConfig()
     patterns = patterns_of(model, pattern)
     ramp = shares or ramp_over(data, config, patterns)
+    warn_of_an_early_end(ramp, data, config)
 
     def learn(score: Tensor, slope: Tensor, beside: Beside, name: str) -> None:
         score.sub_(slope)
