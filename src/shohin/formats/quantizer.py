@@ -1,4 +1,4 @@
-"""Formats: how numbers are held, and quantizers: a format with its scales.
+"""Quantizers: an integer format with its scales.
 
 A quantizer maps a real x to the code ``clamp(round(x / scale) + zero_point, low, high)`` (round half to even, as ONNX
 QuantizeLinear does) and a code q back to ``(q - zero_point) * scale``.
@@ -12,37 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shohin.errors import PlanError, closest
-
-
-@dataclass(frozen=True)
-class Format:
-    """An integer format. ``low`` and ``high`` bound the codes; a symmetric format has zero point 0."""
-
-    name: str
-    bits: int
-    low: int
-    high: int
-    symmetric: bool
-
-
-FORMATS = {
-    f.name: f
-    for f in (
-        Format("int8", 8, -127, 127, True),
-        Format("uint8", 8, 0, 255, False),
-        Format("int7", 7, -63, 63, True),  # int8 storage, codes that cannot saturate u8s8 pairs on AVX2
-        Format("int32", 32, -(2**31), 2**31 - 1, True),
-    )
-}
-
-
-def named_format(name: str) -> Format:
-    """The format of that name. Raises PlanError for an unknown one."""
-    try:
-        return FORMATS[name]
-    except KeyError:
-        raise PlanError(f"unknown format {name!r}; known: {', '.join(FORMATS)}{closest(name, FORMATS)}") from None
+from shohin.formats.integer import Format, named_format
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,19 +21,26 @@ class Quantizer:
 
     Args:
         format: the integer format.
-        scale: float64 tensor, shape () per tensor or (C,) per channel; positive.
+        scale: float64 tensor, positive: shape () per tensor, (C,) per channel, (C, ceil(F / group)) per group of the F values of a
+            channel.
         zero_point: int64 tensor of the same shape.
-        axis: the channel axis of the tensor it applies to, or None per tensor.
+        axis: the channel axis of the tensor it applies to, or None per tensor; 0 for groups.
+        group: how many consecutive values of a channel (the other axes flattened) share a scale, or None. The last group may be
+            smaller.
     """
 
     format: Format
     scale: Tensor
     zero_point: Tensor
     axis: int | None = None
+    group: int | None = None
 
     def _spread(self, values: Tensor, like: Tensor) -> Tensor:
         if self.axis is None:
             return values.to(like.dtype)
+        if self.group is not None:
+            each = values.to(like.dtype).repeat_interleave(self.group, 1)
+            return each[:, : like[0].numel()].reshape(like.shape)
         shape = [1] * like.dim()
         shape[self.axis] = -1
         return values.to(like.dtype).reshape(shape)
@@ -73,6 +50,11 @@ class Quantizer:
         scale = self._spread(self.scale.float(), x)
         zero = self._spread(self.zero_point, x)
         return torch.clamp(torch.round(x / scale) + zero, self.format.low, self.format.high).to(torch.int64)
+
+    def decoded(self, codes: Tensor) -> Tensor:
+        """The values of integer codes, float32."""
+        codes = codes.float()
+        return (codes - self._spread(self.zero_point, codes)) * self._spread(self.scale.float(), codes)
 
     def fake(self, x: Tensor) -> Tensor:
         """``x`` snapped to the grid, with straight-through gradients inside the range and none outside."""
@@ -85,12 +67,13 @@ class Quantizer:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dictionary; exact, since Python floats print round-trip."""
-        return {
+        written = {
             "format": self.format.name,
             "scale": self.scale.tolist(),
             "zero_point": self.zero_point.tolist(),
             "axis": self.axis,
         }
+        return written if self.group is None else {**written, "group": self.group}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Quantizer:
@@ -100,4 +83,5 @@ class Quantizer:
             torch.tensor(data["scale"], dtype=torch.float64),
             torch.tensor(data["zero_point"], dtype=torch.int64),
             data["axis"],
+            data.get("group"),
         )
