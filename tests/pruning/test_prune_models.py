@@ -15,10 +15,10 @@ from torch.nn.utils.prune import l1_unstructured
 import shohin
 from shohin.data import Call, Data
 from shohin.errors import DataError, ModelError, PlanError
+from shohin.evidence.hessian import factored
 from shohin.program import call_inputs, capture, joined_inputs
 from shohin.pruning import schedules, sparse
 from shohin.pruning.compensation import ridge_solve
-from shohin.pruning.sparse.layout import factored
 from shohin.training import TrainConfig
 
 torch.set_num_threads(1)

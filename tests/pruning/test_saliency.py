@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from shohin.data import Call, Data
 from shohin.errors import DataError
+from shohin.evidence.reach import reached
 from shohin.plan import Plan
 from shohin.program import joined_inputs
 from shohin.pruning.layerwise import refit
-from shohin.pruning.reach import reached
 from shohin.pruning.saliency import group_saliency
 from shohin.surgery import rewrite, understand, view, view_of
 

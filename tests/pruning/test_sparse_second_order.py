@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from shohin.errors import DataError, PlanError
+from shohin.evidence.hessian import damped
 from shohin.pruning.sparse import Pattern, improved, obc, optimal, output_error, sparsegpt
-from shohin.pruning.sparse.layout import damped
 
 PATTERNS = ["unstructured 0.5", "unstructured 0.8", "2:4", "1:4", "block 1x4 0.5", "block 4x1 0.5", "block 2x2 0.5"]
 

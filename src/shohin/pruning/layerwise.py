@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from shohin.data import Call
 from shohin.errors import DataError
+from shohin.evidence.reach import picked
 from shohin.evidence.rows import Window, conv_rows
 from shohin.graph import Graph
 from shohin.graph.labels.core import Labels
@@ -23,7 +24,6 @@ from shohin.graph.units import kept_indices
 from shohin.plan import Plan
 from shohin.program import Program, family, interpret, joined_inputs
 from shohin.program.nodes import argument
-from shohin.pruning.reach import picked
 from shohin.pruning.reconstruct import RIDGES, fitted
 from shohin.surgery import Rewritten
 

@@ -10,7 +10,7 @@ from shohin.pruning.sparse.patterns import Pattern
 from shohin.pruning.sparse.sequential import CRITERIA, DATA_FREE, sparsify
 from shohin.pruning.sparse.sparsegpt import sparsegpt
 from shohin.pruning.sparse.storage import pack, read, stored_bytes, unpack, write
-from shohin.pruning.sparse.weights import SparseWeight, dense_weights, patterns_for, sparse_weights
+from shohin.pruning.sparse.weights import dense_weights, patterns_for, sparse_weights
 
 __all__ = [
     "ALLOCATIONS",
@@ -18,7 +18,6 @@ __all__ = [
     "DATA_FREE",
     "Gradients",
     "Pattern",
-    "SparseWeight",
     "allocated",
     "dense_weights",
     "gradients",

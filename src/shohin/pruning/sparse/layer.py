@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from shohin.evidence.gram import Moments
+from shohin.evidence.hessian import aimed
+from shohin.evidence.layers import LayerWeight
 from shohin.pruning.sparse import scores
-from shohin.pruning.sparse.layout import factored
 from shohin.pruning.sparse.obc import obc
 from shohin.pruning.sparse.optimal import improved, optimal
 from shohin.pruning.sparse.patterns import Pattern
 from shohin.pruning.sparse.sparsegpt import sparsegpt
-from shohin.pruning.sparse.weights import SparseWeight
 
 #: multiplications up to which "auto" is exact OBS, and up to which each row's least squares is solved after the mask is known
 _OBC, _EXACT = 1e10, 1e9
@@ -35,7 +34,7 @@ class How:
 
 
 def sparse(
-    how: How, weight: SparseWeight, pattern: Pattern, value: Tensor, moments: Moments, centred: bool, cross: Tensor | None = None
+    how: How, weight: LayerWeight, pattern: Pattern, value: Tensor, moments: Moments, centred: bool, cross: Tensor | None = None
 ) -> Tensor:
     """The new value of one weight.
 
@@ -55,27 +54,8 @@ def sparse(
     return value
 
 
-def aimed(weight: Tensor, hessian: Tensor, cross: Tensor, ridge: float = 0.1) -> Tensor:
-    """The whole weight that gives what the dense network gave, from inputs that sparsity before it has changed.
-
-    Ridge least squares towards the weight as it is (ThiNet, Luo et al., 2017, arXiv 1707.06342; as `shohin.pruning.reconstruct`).
-    To approximate its outputs is to approximate the dense network's: the two errors differ by a constant.
-
-    Args:
-        weight: ``[G * R, I, *kernel]``.
-        hessian: moments of the inputs, ``[G, F, F]``.
-        cross: moments of inputs and missing outputs ``E[x r^T]``, ``[G, F, R]``.
-        ridge: share of the mean diagonal.
-
-    Returns:
-        float64, in the weight's shape.
-    """
-    gain: Tensor = torch.cholesky_solve(cross, factored(hessian, ridge)).transpose(1, 2)
-    return weight.detach().double() + gain.reshape(weight.shape).to(weight.device)
-
-
 def _chosen(
-    how: How, weight: SparseWeight, pattern: Pattern, value: Tensor, hessian: Tensor, moments: Moments | None = None
+    how: How, weight: LayerWeight, pattern: Pattern, value: Tensor, hessian: Tensor, moments: Moments | None = None
 ) -> tuple[Tensor | None, Tensor]:
     """The mask, and the weight where the criterion updates it on the way."""
     name = how.criterion
@@ -96,7 +76,7 @@ def _updated(how: How, pattern: Pattern, value: Tensor, hessian: Tensor, mask: T
     return improved(value, start, hessian, mask, damp=how.damp)
 
 
-def mask_of(how: How, weight: SparseWeight, pattern: Pattern, value: Tensor, second: Tensor | None) -> Tensor:
+def mask_of(how: How, weight: LayerWeight, pattern: Pattern, value: Tensor, second: Tensor | None) -> Tensor:
     """What stays by a criterion that scores each element by itself."""
     if how.criterion == "wanda" and second is not None:
         return pattern.select(scores.wanda(value, second.diagonal(dim1=-2, dim2=-1), weight.groups), per_row=True)

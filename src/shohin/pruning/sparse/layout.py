@@ -39,30 +39,6 @@ def restored(matrix: Tensor, like: Tensor, pattern: Pattern) -> Tensor:
     return out.reshape(like.shape).to(like.device)
 
 
-def damped(hessian: Tensor, damp: float | Tensor) -> Tensor:
-    """``H + damp * mean diagonal * I`` for each group; the identity for a group whose inputs are all zero."""
-    scale = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)
-    add = torch.where(scale > 0, damp * scale, torch.ones_like(scale))
-    return hessian + add[:, None, None] * torch.eye(hessian.shape[-1], dtype=hessian.dtype)
-
-
-def factored(hessian: Tensor, damp: float) -> Tensor:
-    """Lower Cholesky factor of the damped Hessian ``[G, F, F]``; the damping of a group grows tenfold from 1e-12 until there is one.
-
-    A group that has none is no matrix of moments but what rounding left of constant inputs: its columns count alike.
-    """
-    factor: Tensor
-    share = torch.full((len(hessian),), damp, dtype=hessian.dtype)
-    while True:
-        factor, info = torch.linalg.cholesky_ex(damped(hessian, share))
-        failed = info != 0
-        if not bool(failed.any()):
-            return factor
-        share = torch.where(failed, (share * 10).clamp_min(1e-12), share)
-        constant = failed & (share > 10)
-        hessian = torch.where(constant[:, None, None], 0.0, hessian)
-
-
 def output_error(weight: Tensor, changed: Tensor, hessian: Tensor) -> float:
     """``tr((W' - W) H (W' - W)^T)``: mean squared change of a layer's outputs, summed over them.
 

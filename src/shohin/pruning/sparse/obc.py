@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from shohin.errors import PlanError
-from shohin.pruning.sparse.layout import arranged, factored, restored
+from shohin.evidence.hessian import factored
+from shohin.pruning.sparse.layout import arranged, restored
 from shohin.pruning.sparse.optimal import optimal
 from shohin.pruning.sparse.patterns import Pattern, keep_largest, spread
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shohin.pruning.sparse.layout import arranged, damped, factored, restored, row_errors
+from shohin.evidence.hessian import damped, factored
+from shohin.pruning.sparse.layout import arranged, restored, row_errors
 from shohin.pruning.sparse.patterns import Pattern
 
 _ANY = Pattern.unstructured(0.0)

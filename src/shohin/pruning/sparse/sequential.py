@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from shohin.data import Call, Data
 from shohin.errors import DataError, PlanError, closest
-from shohin.evidence.gram import GramAccumulator, Moments
+from shohin.evidence.layers import LayerWeight
+from shohin.evidence.reach import picked
+from shohin.evidence.walk import Seen, changed_in_turn
 from shohin.graph import Graph
-from shohin.program import Program, interpret, joined_inputs
-from shohin.pruning.reach import picked
+from shohin.program import joined_inputs
 from shohin.pruning.sparse import scores
 from shohin.pruning.sparse.gradients import gradients
 from shohin.pruning.sparse.layer import How, mask_of, sparse
 from shohin.pruning.sparse.patterns import Pattern
-from shohin.pruning.sparse.rows import cross_moments, input_rows, output_rows
-from shohin.pruning.sparse.statistics import Means, applied, biases, dense_means, moved_statistics, norms, shifted_bias
-from shohin.pruning.sparse.weights import SparseWeight, chosen_weights
+from shohin.pruning.sparse.weights import chosen_weights
 
 #: what each criterion needs
 DATA_FREE = frozenset(("magnitude", "random", "lamp"))
@@ -87,8 +87,11 @@ def sparsify(
     with torch.no_grad():
         if calls and (update or how.criterion in INPUTS):
             inputs = joined_inputs(graph.program, calls, samples)
-            layers = {node: -1 if w.kind == "linear" else 1 - len(w.shape) for w, _ in chosen.values() for node in w.nodes}
-            changed = _walk(graph.program, inputs, picked(graph, inputs, layers, dict.fromkeys(layers, rows), seed), how, chosen, tick)
+            layers = {node: w.feature_axis for w, _ in chosen.values() for node in w.nodes}
+            places = picked(graph, inputs, layers, dict.fromkeys(layers, rows), seed)
+            weights = [w for w, _ in chosen.values()]
+            make = partial(_made, how, chosen, tick)
+            changed = changed_in_turn(graph.program, inputs, places, weights, make, correct=update, follow=update and follow)
         else:
             changed = {}
             for name, (weight, pattern) in chosen.items():
@@ -123,93 +126,20 @@ def _scored(graph: Graph, calls: Sequence[Call], data: Data | None, how: How, ch
     return How("given", given, how.update, how.follow, how.rows, how.damp, how.seed)
 
 
-def _walk(
-    program: Program,
-    inputs: tuple[Any, ...],
-    places: Mapping[str, Tensor],
+def _made(
     how: How,
-    chosen: Mapping[str, tuple[SparseWeight, Pattern]],
+    chosen: Mapping[str, tuple[LayerWeight, Pattern]],
     tick: Callable[[], None] | None,
-) -> dict[str, Tensor]:
-    """The changed tensors, from one pass over the program in which every changed layer is run anew."""
-    first = {w.nodes[0]: name for name, (w, _) in chosen.items()}
-    readers = {node: name for name, (w, _) in chosen.items() for node in w.nodes}
-    shared = _shared(program, inputs, places, [w for w, _ in chosen.values() if len(w.nodes) > 1])
-    alone = {w.nodes[0] for w, _ in chosen.values() if len(w.nodes) == 1}
-
-    def taken(node: fx.Node, value: Tensor) -> Tensor | None:
-        return output_rows(node, value, places[node.name]) if how.follow and node.name in alone else None
-
-    dense = dense_means(program, inputs, taken) if how.update else Means()
-    own_bias, own_norm = biases(program), norms(program)
-    changed: dict[str, Tensor] = {}
-    tensors = applied(program, {})
-
-    def made(node: fx.Node, value: Tensor, x: Tensor, name: str) -> Tensor:
-        """The sparse weight of the layer that reads it first."""
-        weight, pattern = chosen[name]
-        if not any(len(places[n]) for n in weight.nodes):  # no answer depends on these samples here
-            return tensors[name].masked_fill(~pattern.select(tensors[name].abs()), 0.0)
-        rows = None if name in shared else input_rows(node, x, weight, places[node.name])
-        moments = shared[name] if rows is None else _moments([rows], weight)
-        centred = weight.nodes == (node.name,) and _centred(node, own_bias, own_norm)
-        cross = None
-        if rows is not None and node.name in dense.rows:
-            missing = dense.rows[node.name].double() - output_rows(node, value, places[node.name]).double()
-            cross = cross_moments(rows, missing, weight.groups, centred)
-        return sparse(how, weight, pattern, tensors[name], moments, centred, cross)
-
-    def visit(node: fx.Node, value: Any, args: tuple[Any, ...]) -> Any:
-        if node.name in first:
-            name = first[node.name]
-            changed[name] = made(node, value, args[0], name)
-            if tick is not None:
-                tick()
-        if node.name in readers:
-            value = node.target(args[0], changed[readers[node.name]], *args[2:])  # type: ignore[operator]
-        if not changed or not how.update:
-            return value
-        if node.name in own_bias:
-            name = own_bias[node.name]
-            value, changed[name] = shifted_bias(node, value, tensors[name], dense.outputs[node.name])
-        if node.name in own_norm:
-            names = own_norm[node.name]
-            new = moved_statistics(args[0], dense.norms[node.name], (tensors[names[0]], tensors[names[1]]))
-            changed.update(zip(names, new, strict=True))
-            value = node.target(*args[:3], *new, *args[5:])  # type: ignore[operator]
-        return value
-
-    interpret(program, program.graph, tensors, inputs, visit)
-    return {n: t for n, t in changed.items() if n in chosen or not torch.equal(t, tensors[n])}
-
-
-def _centred(node: fx.Node, own_bias: Mapping[str, str], own_norm: Mapping[str, Any]) -> bool:
-    """True if what follows takes the mean of the output: a bias or a batch normalization of its own."""
-    users = [u.name for u in node.users]
-    return node.name in own_bias or (len(users) == 1 and users[0] in own_norm)
-
-
-def _moments(rows: Sequence[Tensor], weight: SparseWeight) -> Moments:
-    gram = GramAccumulator(rows[0].shape[1], None, groups=weight.groups)
-    for part in rows:
-        gram.update_rows(part)
-    return gram.moments()
-
-
-def _shared(program: Program, inputs: tuple[Any, ...], places: Mapping[str, Tensor], weights: Sequence[SparseWeight]) -> dict[str, Moments]:
-    """Moments of weights that several layers share, over the inputs of all of them."""
-    found: dict[str, GramAccumulator] = {}
-    wanted = {node: w for w in weights for node in w.nodes}
-
-    def visit(node: fx.Node, value: Any, args: tuple[Any, ...]) -> Any:
-        weight = wanted.get(node.name)
-        if weight is not None:
-            rows = input_rows(node, args[0], weight, places[node.name])
-            if not len(rows):
-                return value
-            found.setdefault(weight.name, GramAccumulator(rows.shape[1], None, groups=weight.groups)).update_rows(rows)
-        return value
-
-    if wanted:
-        interpret(program, program.graph, applied(program, {}), inputs, visit)
-    return {name: gram.moments() for name, gram in found.items()}
+    weight: LayerWeight,
+    value: Tensor,
+    seen: Seen,
+) -> Tensor:
+    """The sparse weight of the layer that reads it first."""
+    pattern = chosen[weight.name][1]
+    if seen.moments is None:  # no answer depends on these samples here
+        new = value.masked_fill(~pattern.select(value.abs()), 0.0)
+    else:
+        new = sparse(how, weight, pattern, value, seen.moments, seen.centred, seen.cross)
+    if tick is not None:
+        tick()
+    return new

@@ -7,7 +7,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shohin.pruning.sparse.layout import arranged, factored, restored, row_errors
+from shohin.evidence.hessian import factored
+from shohin.pruning.sparse.layout import arranged, restored, row_errors
 from shohin.pruning.sparse.patterns import Pattern, keep_largest, spread
 
 

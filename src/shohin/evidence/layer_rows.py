@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from shohin.evidence.layers import LayerWeight, window_of
 from shohin.evidence.rows import conv_rows
 from shohin.program import family
-from shohin.pruning.sparse.weights import SparseWeight, window_of
 
 
 def channel_axis(node: fx.Node, value: Tensor) -> int:
@@ -18,7 +18,7 @@ def channel_axis(node: fx.Node, value: Tensor) -> int:
     return value.dim() - 1 - len(weight.meta["val"].shape[2:])
 
 
-def input_rows(node: fx.Node, x: Tensor, weight: SparseWeight, at: Tensor) -> Tensor:
+def input_rows(node: fx.Node, x: Tensor, weight: LayerWeight, at: Tensor) -> Tensor:
     """The rows ``[n, G * F]`` of these output positions that the layer multiplies its weight with."""
     window = window_of(node, weight.shape)
     if window is None:

@@ -1,4 +1,4 @@
-"""Means that sparsity shifts, and their correction: biases and batch normalization statistics of a program."""
+"""Means that changed weights shift, and their correction: biases and batch normalization statistics of a program."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from shohin.evidence.layer_rows import channel_axis
+from shohin.evidence.layers import CONVOLUTIONS
 from shohin.program import Program, family, interpret
 from shohin.program.nodes import argument
-from shohin.pruning.sparse.rows import channel_axis
-from shohin.pruning.sparse.weights import CONVOLUTIONS
 
 
 @dataclass(frozen=True, eq=False)
