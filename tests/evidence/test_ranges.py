@@ -40,11 +40,44 @@ def test_streamed_counts_are_those_of_one_pass(batches: list[tuple[float, float,
         assert float(h.sums.sum()) == pytest.approx(float(nonzero.sum()), rel=1e-9)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(1e-6, 1e6), st.floats(-100, 100), st.integers(0, 60)), min_size=1, max_size=6),
+    st.integers(0, 10_000),
+    st.sampled_from([16, 64, 2048]),
+)
+def test_any_split_into_batches_gives_the_same_histogram(parts: list[tuple[float, float, int]], seed: int, bins: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.cat([torch.relu(torch.randn(n, generator=g) * scale + shift * scale / 50) - (n % 2) * scale for scale, shift, n in parts])
+    shuffled = x[torch.randperm(len(x), generator=g)]
+    cuts = sorted({int(i) for i in torch.randint(0, len(x) + 1, (5,), generator=g)})
+    found = []
+    for batches in ([x], x.split(1), x.tensor_split(cuts), shuffled.split(7)):
+        h = Histogram(bins)
+        for batch in batches:
+            h.update(batch)
+        found.append(h)
+    one = found[0]
+    for h in found[1:]:
+        assert (h.width, h.first, h.zeros, h.low, h.high) == (one.width, one.first, one.zeros, one.low, one.high)
+        assert torch.equal(h.counts, one.counts)
+        torch.testing.assert_close(h.sums, one.sums, rtol=1e-9, atol=1e-9 * one.width)
+
+
+def test_growth_over_all_magnitudes() -> None:
+    h = Histogram(64)
+    for scale in (1e-38, -1e-20, 1.0, -1e20, 1e38):
+        h.update(torch.full((3,), scale))
+    assert h.counts.nonzero().numel() == 3 and h.count == 15  # below zero, around zero, far above
+    assert h.low == pytest.approx(-1e20) and h.high == pytest.approx(1e38)
+    assert h.points()[0].tolist() == sorted(h.points()[0].tolist())
+
+
 def test_resolution_is_used() -> None:
     h = Histogram(2048)
     h.update(torch.randn(10_000))
     used = h.counts.nonzero()
-    assert int(used.max() - used.min()) > 2048 // 4
+    assert int(used.max() - used.min()) >= 2048 // 2 - 2
 
 
 @pytest.mark.parametrize("name", ["int8", "uint8", "int7"])
@@ -86,6 +119,17 @@ def test_grid_holds_zero_and_covers_the_range() -> None:
             scale, zero = grid(low, high, form)
             assert scale > 0 and form.low <= zero <= form.high
             assert (form.high - zero) * scale >= high - scale and (form.low - zero) * scale <= low + scale
+        for extent in (1e-42, 1e-300, 3e38):
+            scale, zero = grid(0.0, extent, form)
+            assert 0 < float(torch.tensor(scale).float()) < float("inf") and zero == (0 if form.symmetric else form.low)
+
+
+def test_the_error_of_a_range_is_that_of_its_grid() -> None:
+    h = Histogram()
+    h.update(torch.linspace(2, 3, 5000))  # a grid reaches to zero, wherever the values lie
+    for form in (FORMATS["int8"], FORMATS["uint8"]):
+        step = grid(2.0, 3.0, form)[0]
+        assert quantization_error(h, 2.0, 3.0, form) == pytest.approx(step**2 / 12, rel=0.05)
 
 
 def test_percentile_of_uniform_values() -> None:

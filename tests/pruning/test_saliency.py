@@ -134,7 +134,7 @@ def test_refitting_without_layers_takes_new_statistics_alone() -> None:
     values = refit(graph, plan, rewritten, before, list(data.calls("train")), weights=False, statistics=True)
     changed = {name for name, value in values.items() if not torch.equal(value, before[name])}
     assert changed == {"n.running_mean", "n.running_var"}
-    assert reached(graph, joined_inputs(graph.program, list(data.calls("train")), 8), {}) == {}
+    assert reached(graph.program, joined_inputs(graph.program, list(data.calls("train")), 8), {}) == {}
 
 
 def test_refitting_is_exact_where_removed_channels_are_copies_of_kept_ones() -> None:
@@ -177,7 +177,7 @@ def test_padding_does_not_outweigh_what_is_seen() -> None:
     graph = understand(model, (ids[:4], mask[:4]))
     calls = [Call((ids, mask), {}, None, None)]
     layers = {n.name: -1 for n in graph.program.graph.nodes if n.op == "call_function" and "linear" in n.name}
-    rows = reached(graph, joined_inputs(graph.program, calls, 64), layers)
+    rows = reached(graph.program, joined_inputs(graph.program, calls, 64), layers)
     assert rows and all(torch.equal(r, mask.bool().flatten()) for r in rows.values())
     plan = Plan(
         graph.program.fingerprint, {graph.groups[0].name: tuple(range(8))} if graph.groups[0].size == 32 else {"a.weight": tuple(range(8))}

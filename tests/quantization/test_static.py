@@ -195,8 +195,8 @@ def test_errors() -> None:
         quantize_program(program, {*layers, "nowhere/conv1d.0"}, calls)
     with pytest.raises(PlanError, match="unknown range method 'best'; known: mse"):
         quantize_program(program, layers, calls, ranges="best")
-    with pytest.raises(PlanError, match="unknown format 'int3'"):
-        quantize_program(program, layers, calls, weight_format="int3")
+    with pytest.raises(PlanError, match="unknown format 'int9'"):
+        quantize_program(program, layers, calls, weight_format="int9")
     bad = torch.full((4, 6, 32), float("nan"))
     with pytest.raises(DataError, match="an activation is NaN or Inf on the calibration data"):
         quantize_program(program, layers, [*calls, Call((bad,), {}, None, bad)])

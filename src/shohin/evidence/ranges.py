@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,28 +11,31 @@ from shohin.errors import DataError
 from shohin.evidence.histogram import Histogram
 from shohin.formats import Format
 
+#: least scale: the smallest float32 number with full precision, since files hold scales as float32
+LEAST_SCALE = 2.0**-126
+
 
 def grid(low: float, high: float, format: Format) -> tuple[float, int]:
     """Scale and zero point with which ``format`` covers ``[low, high]`` and zero.
 
     Symmetric formats use ``max(|low|, |high|)`` and zero point 0. A range of no extent gives a scale of ``2**-20``, so that
-    zero stays exact.
+    zero stays exact; no scale is below `LEAST_SCALE`. The ends of a one-sided range are codes, so a tensor that holds nothing but
+    zero and one constant is held exactly, to the rounding of the scale.
     """
     low, high = min(low, 0.0), max(high, 0.0)
-    smallest = 2.0**-20
-    if format.symmetric:
-        extent = max(-low, high)
-        return (extent / format.high if extent > 0 else smallest), 0
     if high == low:
-        return smallest, format.low
-    scale = (high - low) / (format.high - format.low)
+        return 2.0**-20, 0 if format.symmetric else format.low
+    if format.symmetric:
+        return max(max(-low, high) / format.high, LEAST_SCALE), 0
+    scale = max((high - low) / (format.high - format.low), LEAST_SCALE)
     return scale, int(min(max(round(format.low - low / scale), format.low), format.high))
 
 
 def quantization_error(histogram: Histogram, low: float, high: float, format: Format) -> float:
-    """Mean squared error of quantizing the histogram's values with `grid`."""
+    """Mean squared error of quantizing the histogram's values with `grid`. Raises DataError if no value was seen."""
     histogram.require_data()
-    return float(_errors(histogram, torch.tensor([low]).double(), torch.tensor([high]).double(), format)[0])
+    ends = torch.tensor([[min(low, 0.0)], [max(high, 0.0)]], dtype=torch.float64)
+    return float(_errors(histogram, ends[0], ends[1], format)[0])
 
 
 def mse_range(histogram: Histogram, format: Format, steps: int = 64) -> tuple[float, float]:
@@ -73,25 +78,29 @@ def mse_range(histogram: Histogram, format: Format, steps: int = 64) -> tuple[fl
 
 
 def percentile_range(histogram: Histogram, share: float = 0.9999) -> tuple[float, float]:
-    """The range that holds a share of all values, cutting the same number from both ends.
+    """The range that holds a share of all values, cutting the same number from both ends; each end is a value that was seen.
 
     Args:
         histogram: of the tensor.
-        share: in (0, 1]; 1 is minimum and maximum.
+        share: in (0, 1]; 1, or so few values that none is cut, gives minimum and maximum.
 
     Returns:
         ``(low, high)``; exact to a bin's width.
+
+    Raises:
+        DataError: if no value was seen or the share is out of range.
     """
     if not 0 < share <= 1:
         raise DataError(f"share must be in (0, 1]; got {share}")
-    if share == 1:
-        return histogram.low, histogram.high
     values, counts = histogram.points()
-    cumulative = counts.cumsum(0) / counts.sum()
-    tail = (1 - share) / 2
-    low = float(values[int(torch.searchsorted(cumulative, tail, right=True))])
-    high = float(values[min(int(torch.searchsorted(cumulative, 1 - tail)), len(values) - 1)])
-    return low, high
+    total = int(counts.sum())
+    cut = min(math.floor(total * (1 - share) / 2 + 1e-6), (total - 1) // 2)  # 1 - share is not exact, and one value stays
+    if not cut:
+        return histogram.low, histogram.high
+    cumulative = counts.cumsum(0)
+    low = float(values[int(torch.searchsorted(cumulative, cut, right=True))])
+    high = float(values[int(torch.searchsorted(cumulative, total - cut))])
+    return max(low, histogram.low), min(high, histogram.high)
 
 
 def _shares(centre: float, span: float, steps: int) -> Tensor:
@@ -114,10 +123,10 @@ def _errors(histogram: Histogram, low: Tensor, high: Tensor, format: Format, blo
     out = []
     for lo, hi in zip(torch.split(low, block), torch.split(high, block), strict=True):
         if format.symmetric:
-            scale = (torch.maximum(-lo, hi) / format.high).clamp_min(2.0**-60)
+            scale = (torch.maximum(-lo, hi) / format.high).clamp_min(LEAST_SCALE)
             zero = torch.zeros_like(scale)
         else:
-            scale = ((hi - lo) / (format.high - format.low)).clamp_min(2.0**-60)
+            scale = ((hi - lo) / (format.high - format.low)).clamp_min(LEAST_SCALE)
             zero = (format.low - lo / scale).round().clamp(format.low, format.high)
         codes = edges / scale.unsqueeze(1)
         bottom, top = (format.low - zero).unsqueeze(1), (format.high - zero).unsqueeze(1)

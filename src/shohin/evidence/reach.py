@@ -9,16 +9,17 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from shohin.graph import Graph
-from shohin.program import interpret
+from shohin.program import Program, interpret
 
 #: samples of one backward pass
 CHUNK = 64
 
 
-def picked(graph: Graph, joined: tuple[Any, ...], layers: Mapping[str, int], limits: Mapping[str, int], seed: int = 0) -> dict[str, Tensor]:
+def picked(
+    program: Program, joined: tuple[Any, ...], layers: Mapping[str, int], limits: Mapping[str, int], seed: int = 0
+) -> dict[str, Tensor]:
     """Layer -> at most so many random rows of its output that are `reached`, as ascending indices."""
-    return {name: _drawn(mask.nonzero()[:, 0], limits[name], name, seed) for name, mask in reached(graph, joined, layers, seed).items()}
+    return {name: _drawn(mask.nonzero()[:, 0], limits[name], name, seed) for name, mask in reached(program, joined, layers, seed).items()}
 
 
 def _drawn(rows: Tensor, limit: int, name: str, seed: int) -> Tensor:
@@ -28,7 +29,7 @@ def _drawn(rows: Tensor, limit: int, name: str, seed: int) -> Tensor:
     return rows[torch.randperm(len(rows), generator=generator)[:limit]].sort().values
 
 
-def reached(graph: Graph, joined: tuple[Any, ...], layers: Mapping[str, int], seed: int = 0) -> dict[str, Tensor]:
+def reached(program: Program, joined: tuple[Any, ...], layers: Mapping[str, int], seed: int = 0) -> dict[str, Tensor]:
     """Layer -> boolean for each row of its output: a random combination of the model's outputs has a gradient there.
 
     Where the first samples use every row the others are taken to do so too.
@@ -43,7 +44,7 @@ def reached(graph: Graph, joined: tuple[Any, ...], layers: Mapping[str, int], se
     parts: dict[str, list[Tensor]] = {name: [] for name in layers}
     for start in range(0, batch, CHUNK):
         chunk = tuple(x[start : start + CHUNK] if isinstance(x, Tensor) and x.dim() else x for x in joined)
-        found = _rows(graph, chunk, layers, seed)
+        found = _rows(program, chunk, layers, seed)
         if start == 0 and all(bool(rows.all()) for rows in found.values()):
             share = {name: len(rows) // max(1, min(CHUNK, batch)) for name, rows in found.items()}
             return {name: torch.ones(share[name] * batch, dtype=torch.bool) for name in found}
@@ -52,8 +53,7 @@ def reached(graph: Graph, joined: tuple[Any, ...], layers: Mapping[str, int], se
     return {name: torch.cat(rows) for name, rows in parts.items() if rows}
 
 
-def _rows(graph: Graph, inputs: tuple[Any, ...], layers: Mapping[str, int], seed: int) -> dict[str, Tensor]:
-    program = graph.program
+def _rows(program: Program, inputs: tuple[Any, ...], layers: Mapping[str, int], seed: int) -> dict[str, Tensor]:
     taken: dict[str, Tensor] = {}
 
     def visit(node: fx.Node, value: Any, args: tuple[Any, ...]) -> Any:

@@ -64,7 +64,7 @@ def changed_in_turn(
 
     Args:
         inputs: of the program, all samples as one batch.
-        places: layer node -> the rows of its output that are looked at; see `shohin.evidence.reach.picked`.
+        places: layer node -> the rows of its output that are looked at; see `shohin.evidence.reach.picked`. Absent: none.
         make: gives the new value of a weight, in the program's order.
         correct: also move each layer's bias and each batch normalization's statistics by what the changes moved on the samples.
         follow: tell what each layer's outputs miss of the original's, so that later layers can correct what earlier ones left.
@@ -79,7 +79,7 @@ def changed_in_turn(
     alone = {w.nodes[0] for w in weights if len(w.nodes) == 1}
 
     def taken(node: fx.Node, value: Tensor) -> Tensor | None:
-        return output_rows(node, value, places[node.name]) if follow and node.name in alone else None
+        return output_rows(node, value, places[node.name]) if follow and node.name in alone and node.name in places else None
 
     original = dense_means(program, inputs, taken) if correct or follow else Means()
     own_bias, own_norm = biases(program), norms(program)
@@ -87,7 +87,7 @@ def changed_in_turn(
     tensors = applied(program, {})
 
     def seen(node: fx.Node, value: Tensor, x: Tensor, weight: LayerWeight) -> Seen:
-        if not any(len(places[n]) for n in weight.nodes):
+        if not any(len(places.get(n, ())) for n in weight.nodes):
             return Seen(None)
         rows = None if weight.name in shared else input_rows(node, x, weight, places[node.name])
         moments = shared[weight.name] if rows is None else _moments([rows], weight)
@@ -141,7 +141,7 @@ def _shared(program: Program, inputs: tuple[Any, ...], places: Mapping[str, Tens
 
     def visit(node: fx.Node, value: Any, args: tuple[Any, ...]) -> Any:
         weight = wanted.get(node.name)
-        if weight is not None:
+        if weight is not None and node.name in places:
             rows = input_rows(node, args[0], weight, places[node.name])
             if not len(rows):
                 return value

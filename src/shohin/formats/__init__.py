@@ -1,6 +1,24 @@
 """Formats: how numbers are held, and quantizers: a format with its scales."""
 
+from shohin.formats.blocks import BLOCK_FORMATS, BlockFormat, named_block
+from shohin.formats.floating import FLOAT_FORMATS, FloatFormat, named_float
 from shohin.formats.integer import FORMATS, Format, named_format
+from shohin.formats.powers import power_of_two
 from shohin.formats.quantizer import Quantizer
+from shohin.formats.scheme import Scheme, is_scheme
 
-__all__ = ["FORMATS", "Format", "Quantizer", "named_format"]
+__all__ = [
+    "BLOCK_FORMATS",
+    "FLOAT_FORMATS",
+    "FORMATS",
+    "BlockFormat",
+    "FloatFormat",
+    "Format",
+    "Quantizer",
+    "Scheme",
+    "is_scheme",
+    "named_block",
+    "named_float",
+    "named_format",
+    "power_of_two",
+]

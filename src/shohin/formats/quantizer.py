@@ -35,7 +35,8 @@ class Quantizer:
     axis: int | None = None
     group: int | None = None
 
-    def _spread(self, values: Tensor, like: Tensor) -> Tensor:
+    def spread(self, values: Tensor, like: Tensor) -> Tensor:
+        """Scales or zero points in a shape that broadcasts with the tensor ``like``, in its dtype."""
         if self.axis is None:
             return values.to(like.dtype)
         if self.group is not None:
@@ -47,19 +48,19 @@ class Quantizer:
 
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of ``x`` as an int64 tensor of the same shape. Scales are rounded to float32, as files hold them."""
-        scale = self._spread(self.scale.float(), x)
-        zero = self._spread(self.zero_point, x)
+        scale = self.spread(self.scale.float(), x)
+        zero = self.spread(self.zero_point, x)
         return torch.clamp(torch.round(x / scale) + zero, self.format.low, self.format.high).to(torch.int64)
 
     def decoded(self, codes: Tensor) -> Tensor:
         """The values of integer codes, float32."""
         codes = codes.float()
-        return (codes - self._spread(self.zero_point, codes)) * self._spread(self.scale.float(), codes)
+        return (codes - self.spread(self.zero_point, codes)) * self.spread(self.scale.float(), codes)
 
     def fake(self, x: Tensor) -> Tensor:
         """``x`` snapped to the grid, with straight-through gradients inside the range and none outside."""
-        scale = self._spread(self.scale.float(), x)
-        zero = self._spread(self.zero_point, x)
+        scale = self.spread(self.scale.float(), x)
+        zero = self.spread(self.zero_point, x)
         low, high = (self.format.low - zero) * scale, (self.format.high - zero) * scale
         clipped = torch.minimum(torch.maximum(x, low), high)
         snapped = (torch.clamp(torch.round(x / scale) + zero, self.format.low, self.format.high) - zero) * scale

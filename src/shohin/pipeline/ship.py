@@ -99,13 +99,14 @@ def lower_for_timing(
 
 
 def expected_formats(program: Program, quantized: Quantized | None) -> dict[str, str]:
-    """Weight name -> "int8" or "float32", for every layer."""
-    chosen = set(quantized.sites.layers.values()) if quantized else set()
+    """Weight name -> "int8", "float32" or the scheme of a weight beside float activations, for every layer."""
+    chosen = quantized.weight_formats() if quantized else {}
     weights = {}
+    layers = set(quantizable(program))
     for node in program.graph.nodes:
-        if node.op == "call_function" and program.origins[node.name].address in quantizable(program):
+        if node.op == "call_function" and program.origins[node.name].address in layers:
             name = program.names[node.args[1].name]
-            weights[name] = "int8" if name in chosen else "float32"
+            weights[name] = chosen.get(name, "float32")
     return weights
 
 

@@ -70,7 +70,7 @@ def refit(
     joined = joined_inputs(program, calls, max(2, min(samples, MEMORY // max(graph.memory().peak_bytes, 1))))
     layers = _layers(program, rewritten.graph) if weights else {}
     limits = {node: min(rows, max(FEWEST, ROWS_EACH * tensors[weight][0].numel())) for node, (weight, _) in layers.items()}
-    places = picked(graph, joined, {node: axis for node, (_, axis) in layers.items()}, limits, seed)
+    places = picked(program, joined, {node: axis for node, (_, axis) in layers.items()}, limits, seed)
     wanted = _teacher_rows(graph, plan, joined, places)
     new = {name: t.detach().clone() for name, t in tensors.items()}
 

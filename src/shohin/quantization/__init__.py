@@ -1,7 +1,23 @@
-"""Fewer bits: sites, ranges, weight grids, bias correction and the view that simulates them."""
+"""Fewer bits: sites, ranges, weight grids, rounding, bias correction and the view that simulates them."""
 
+from shohin.quantization.layers import quantize_layers
+from shohin.quantization.quantized import Quantized
 from shohin.quantization.simulate import simulate
 from shohin.quantization.sites import Sites, find_sites, quantizable
-from shohin.quantization.static import Quantized, placeholder, quantize_program, weight_quantizer
+from shohin.quantization.static import placeholder, quantize_program, weight_quantizer
+from shohin.quantization.weights import ROUNDINGS, quantize_weights, weights_by_address
 
-__all__ = ["Quantized", "Sites", "find_sites", "placeholder", "quantizable", "quantize_program", "simulate", "weight_quantizer"]
+__all__ = [
+    "ROUNDINGS",
+    "Quantized",
+    "Sites",
+    "find_sites",
+    "placeholder",
+    "quantizable",
+    "quantize_layers",
+    "quantize_program",
+    "quantize_weights",
+    "simulate",
+    "weight_quantizer",
+    "weights_by_address",
+]

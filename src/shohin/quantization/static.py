@@ -7,7 +7,7 @@ bias absorbs the mean shift that its snapped weights and already snapped inputs 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,47 +15,16 @@ from torch import Tensor, fx
 
 from shohin.data import Call
 from shohin.errors import DataError, PlanError
-from shohin.evidence.histogram import Histogram
-from shohin.evidence.ranges import grid, mse_range, percentile_range
+from shohin.evidence.calibration import Method, Observer, Ranges, chosen_range, observe, site_methods
+from shohin.evidence.ranges import grid
 from shohin.formats import Quantizer, named_format
 from shohin.program import Folded, Program, call_inputs, family, fold, interpret, joined_inputs
 from shohin.program.nodes import argument
-from shohin.quantization.simulate import simulate
+from shohin.quantization.quantized import Quantized, address_of
 from shohin.quantization.sites import CONVOLUTIONS, Sites, find_sites, quantizable
 
 #: the least scale of each output channel of a weight (a target's rule, for example pair-safe scales), or None
 LeastScale = Callable[[Tensor, int], Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Quantized:
-    """A program that computes on integers.
-
-    Args:
-        folded: the folded program; its tensors are snapped to their grids.
-        activations: node name -> quantizer.
-        weights: tensor name -> quantizer.
-        sites: the sites.
-    """
-
-    folded: Folded
-    activations: Mapping[str, Quantizer]
-    weights: Mapping[str, Quantizer]
-    sites: Sites
-
-    @property
-    def program(self) -> Program:
-        """The folded program with snapped tensors."""
-        return self.folded.program
-
-    def view(self) -> torch.nn.Module:
-        """The module that simulates all bits."""
-        return simulate(self.program, self.activations)
-
-    def by_address(self) -> dict[str, Quantizer]:
-        """Activation quantizers by address, weight quantizers by parameter name: a candidate's evidence."""
-        origins = self.program.origins
-        return {**{origins[n].address if n in origins else n: q for n, q in self.activations.items()}, **self.weights}
 
 
 def quantize_program(
@@ -65,7 +34,7 @@ def quantize_program(
     *,
     weight_format: str = "int8",
     activation_format: str = "uint8",
-    ranges: str = "mse",
+    ranges: Ranges = "mse",
     least_scale: LeastScale | None = None,
     correct_bias: bool = True,
 ) -> Quantized:
@@ -75,12 +44,13 @@ def quantize_program(
         program: with the values to quantize (trained, cut...).
         layers: addresses of convolutions and linear layers.
         calls: calibration batches, iterated twice.
-        ranges: "mse" (least squared error), "percentile" (99.99 % of values) or "minmax".
+        ranges: how ranges of activations are chosen, one of `shohin.evidence.calibration.METHODS`; or patterns of their addresses (an
+            operation's, an input's name) to methods, of which the last one that matches decides, and "mse" where none does.
         least_scale: (weight, groups) -> least scale of each output channel, in the weight's unit.
 
     Raises:
-        DataError: if there is no calibration data or it holds NaN.
-        PlanError: if an address is not a layer.
+        DataError: if there is no calibration data, or an activation on it is NaN or Inf (its address is named).
+        PlanError: if an address is not a layer, a range method is unknown, or a pattern matches nothing.
     """
     if not calls:
         raise DataError("static quantization needs calibration batches: give Data(train=loader)")
@@ -89,8 +59,9 @@ def quantize_program(
     unknown = layers - set(sites.layers)
     if unknown:
         raise PlanError(f"{sorted(unknown)[0]!r} is not a convolution or linear layer with a weight of the model")
-    histograms, means = _observe(folded.program, sites, calls)
-    activations = _activation_quantizers(sites, histograms, activation_format, ranges)
+    methods = _methods(folded.program, sites, ranges)
+    observers, means = _observe(folded.program, sites, calls, methods)
+    activations = _activation_quantizers(sites, observers, methods, activation_format)
     tensors = dict(folded.program.tensors)
     weights = {}
     for node in folded.program.graph.nodes:
@@ -120,15 +91,24 @@ def placeholder(program: Program, layers: set[str]) -> Quantized:
     return Quantized(folded, {name: own[root] for name, root in sites.grids.items()}, weights, sites)
 
 
-def _observe(program: Program, sites: Sites, calls: Iterable[Call]) -> tuple[dict[str, Histogram], dict[str, tuple[Tensor, int]]]:
-    """Histograms of the sites that have their own grid, and channel sums of every integer layer's output."""
-    wanted = set(sites.own)
-    histograms = {name: Histogram() for name in sites.own}
+def _methods(program: Program, sites: Sites, ranges: Ranges) -> dict[str, Method]:
+    """The range method of each site that has its own grid."""
+    addresses = {name: address_of(program, name) for name in sites.grids}
+    shared = {addresses[name]: addresses[root] for name, root in sites.grids.items() if name != root}
+    chosen = site_methods(ranges, [addresses[name] for name in sites.own], shared)
+    return {name: chosen[addresses[name]] for name in sites.own}
+
+
+def _observe(
+    program: Program, sites: Sites, calls: Iterable[Call], methods: Mapping[str, Method]
+) -> tuple[dict[str, Observer], dict[str, tuple[Tensor, int]]]:
+    """What watched the sites that have their own grid, and channel sums of every integer layer's output."""
+    observers = {name: method.observer(address_of(program, name)) for name, method in methods.items()}
     means: dict[str, tuple[Tensor, int]] = {}
 
     def visit(node: fx.Node, value: Any, args: tuple[Any, ...]) -> Any:
-        if node.name in wanted:
-            _update(histograms[node.name], value)
+        if node.name in observers:
+            observe(observers[node.name], value)
         origin = program.origins[node.name]
         if origin.address in sites.layers:
             total, count = _channel_sums(value, node)
@@ -140,19 +120,10 @@ def _observe(program: Program, sites: Sites, calls: Iterable[Call]) -> tuple[dic
         for call in calls:
             inputs = call_inputs(program, call)
             for name, x in zip(program.inputs, inputs, strict=True):
-                if name in wanted:
-                    _update(histograms[name], x)
+                if name in observers:
+                    observe(observers[name], x)
             interpret(program, program.graph, program.tensors, inputs, visit)
-    return histograms, means
-
-
-def _update(histogram: Histogram, value: Tensor, most: int = 1 << 17) -> None:
-    """Takes evenly spaced values of a large tensor, and its extremes."""
-    flat = value.detach().reshape(-1)
-    if len(flat) > most:
-        histogram.update(torch.stack(torch.aminmax(flat)))
-        flat = flat[:: len(flat) // most | 1]  # an odd stride does not fall in step with even widths
-    histogram.update(flat)
+    return observers, means
 
 
 def _channel_sums(value: Tensor, node: fx.Node) -> tuple[Tensor, int]:
@@ -161,19 +132,13 @@ def _channel_sums(value: Tensor, node: fx.Node) -> tuple[Tensor, int]:
     return value.sum(others, dtype=torch.float64), value.numel() // value.shape[axis]
 
 
-def _activation_quantizers(sites: Sites, histograms: Mapping[str, Histogram], format_name: str, ranges: str) -> dict[str, Quantizer]:
+def _activation_quantizers(
+    sites: Sites, observers: Mapping[str, Observer], methods: Mapping[str, Method], format_name: str
+) -> dict[str, Quantizer]:
     form = named_format(format_name)
     own = {}
-    for name in sites.own:
-        histogram = histograms[name]
-        if ranges == "mse":
-            low, high = mse_range(histogram, form)
-        elif ranges == "percentile":
-            low, high = percentile_range(histogram)
-        elif ranges == "minmax":
-            low, high = histogram.low, histogram.high
-        else:
-            raise PlanError(f"unknown range method {ranges!r}; known: mse, percentile, minmax")
+    for name, observer in observers.items():
+        low, high = chosen_range(observer, form, methods[name])
         low = max(low, sites.low[name]) if name in sites.low else low
         high = min(high, sites.high[name]) if name in sites.high else high
         scale, zero = grid(low, high, form)

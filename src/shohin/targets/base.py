@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from shohin.candidate import Measurement
     from shohin.formats import Quantizer
+    from shohin.formats.scheme import Scheme
     from shohin.program import Program
 
 
@@ -267,6 +268,14 @@ class Target(ABC):
         """(weight, groups) -> the least scale of each output channel at which integer kernels are exact here; None if any is."""
         return None
 
+    def misfit(self, scheme: Scheme, kind: str) -> str:
+        """Why this target cannot run weights held so natively beside float activations, with what it can; "" if it can.
+
+        Args:
+            kind: of the layer, "linear", "convolution" or "depthwise".
+        """
+        return f"the target {self.name!r} has no kernels for weights of few bits; it has {', '.join(self.formats)}"
+
     @abstractmethod
     def memory(self, path: Path, args: tuple[Any, ...], *, kwargs: Mapping[str, Any] | None = None) -> Measurement:
         """Peak memory of loading and running a file, in bytes."""
@@ -277,4 +286,4 @@ class Target(ABC):
 
     @abstractmethod
     def check(self, path: Path, expected: Mapping[str, str]) -> list[str]:
-        """Where the runtime departs from the plan, in sentences. ``expected``: weight or tap name -> "int8" or "float32"."""
+        """Where the runtime departs from the plan, in sentences. ``expected``: weight or tap name -> "int8", "float32" or a weight scheme."""

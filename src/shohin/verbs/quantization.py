@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
 from shohin.addresses import match
 from shohin.candidate import Candidate
 from shohin.data import Data
-from shohin.errors import DataError
+from shohin.errors import DataError, PlanError
+from shohin.evidence.calibration import range_method
+from shohin.evidence.layers import LayerWeight
+from shohin.formats import Scheme, is_scheme
 from shohin.plan import Plan
-from shohin.program import capture, unfold_state
+from shohin.program import Program, capture, unfold_state
 from shohin.targets import Target, get_target
 from shohin.verbs.common import calibration, checked, one_of, seeded
 
@@ -22,45 +26,90 @@ def quantize(
     format: str | Mapping[str, str] = "int8",
     target: str | Target = "onnxruntime",
     *,
-    ranges: str = "mse",
+    ranges: str | Mapping[str, str] = "mse",
+    rounding: str = "auto",
     seed: int = 0,
 ) -> Candidate:
-    """Static integer weights and activations, ready for `export`.
+    """Fewer bits, ready for `export`: integer weights and activations, or weights of few bits beside float activations.
 
     Args:
-        format: "int8" for every convolution and linear layer, or patterns of layer addresses to formats ("int8" or
-            "float32"); the last pattern that matches a layer decides. A pattern that matches nothing is an error.
+        format: "int8" for every convolution and linear layer; a weight scheme such as "weights int4 group 32" or "weights uint4 group 32"
+            for every layer that the target has a kernel for (2 to 8 bits; "uint" formats have zero points); or patterns of layer
+            addresses to these or "float32": the last pattern that matches a layer decides. A pattern that matches nothing is an error.
         target: whose rules the grids follow (pair-safe scales where its kernels saturate).
-        ranges: "mse", "percentile" or "minmax".
+        ranges: how ranges of activations are chosen: "mse" (least squared error), "percentile" (99.99 % of the values; "percentile
+            99.9" for another share), "entropy" (least divergence of the histogram), "minmax" or "moving" (moving average of each
+            batch's minimum and maximum). Or patterns of activation addresses (the names in ``.evidence`` that are not parameters) to
+            methods; the last pattern that matches decides, "mse" where none does, and a pattern that matches nothing is an error.
+        rounding: of weights beside float activations: "nearest" and "hqq" (neither needs data), "gptq", "descent" (GPTQ, then scales and
+            codes in turn), or "auto": "descent" where ``data`` has batches, else "nearest".
 
     Returns:
         A candidate whose ``.model`` holds weights snapped to their grids (batch normalization folded into them), ``.view``
         simulates all bits and ``.evidence`` holds the grids by address.
 
     Raises:
-        PlanError: for an unknown format or a pattern that matches nothing. DataError: without calibration batches.
+        PlanError: for an unknown format, rounding or range method, a pattern that matches nothing, or a format for which the target has
+            no kernel at any of the layers (it names what the target has). DataError: without calibration batches, or
+            if an activation on them is NaN or Inf.
     """
     from shohin.pipeline.job import load_tensors
     from shohin.program import structural_copy
-    from shohin.quantization import quantizable, quantize_program
+    from shohin.quantization import ROUNDINGS, quantize_layers
 
     goal = get_target(target)
+    one_of("rounding", rounding, ROUNDINGS)
+    for method in [ranges] if isinstance(ranges, str) else ranges.values():
+        range_method(method)
     with seeded(checked(data), seed):
         program = capture(model, data.example())
-        layers = quantizable(program)
-        chosen = {a: "float32" for a in layers}
-        for pattern, name in ({"*": format} if isinstance(format, str) else format).items():
-            one_of("format", name, ("int8", "float32"))
-            chosen.update(dict.fromkeys(match(pattern, layers), name))
-        int8 = {a for a, f in chosen.items() if f == "int8"}
-        if not data.has_batches:
+        chosen, left = _chosen(program, format, goal)
+        static = "int8" in chosen.values()
+        if static and not data.has_batches:
             raise DataError("static quantization needs calibration batches: give Data(train=loader)")
-        quantized = quantize_program(program, int8, calibration(data, seed), ranges=ranges, least_scale=goal.least_scale())
+        calls = calibration(data, seed) if data.has_batches else []
+        quantized = quantize_layers(program, calls, chosen, rounding=rounding, ranges=ranges, least_scale=goal.least_scale(), seed=seed)
         own = {
             id(t): (nn.Parameter(t.detach().clone(), t.requires_grad) if isinstance(t, nn.Parameter) else t.detach().clone())
             for t in (*model.parameters(), *model.buffers())
         }
         snapped = structural_copy(model, own)
         load_tensors(snapped, unfold_state(quantized.folded, quantized.program.tensors, program.tensors))
-        plan = Plan(program.fingerprint, formats=dict.fromkeys(sorted(int8), "int8"))
-        return Candidate("quantized", plan, snapped, quantized.view(), quantized.by_address(), notes={"format": "int8", "ranges": ranges})
+        plan = Plan(program.fingerprint, formats=chosen)
+        notes: dict[str, Any] = {"format": format if isinstance(format, str) else dict(format)}
+        if static:
+            notes["ranges"] = ranges if isinstance(ranges, str) else dict(ranges)
+        if any(map(is_scheme, chosen.values())):
+            notes |= {"rounding": rounding, "float": left}
+        return Candidate("quantized", plan, snapped, quantized.view(), quantized.by_address(), notes=notes)
+
+
+def _chosen(program: Program, format: str | Mapping[str, str], target: Target) -> tuple[dict[str, str], dict[str, str]]:
+    """Layer address -> its format, where it is not float; and why layers that a weight scheme was asked for stay float."""
+    from shohin.quantization import quantizable, weights_by_address
+
+    layers, weights = quantizable(program), weights_by_address(program)
+    chosen: dict[str, str] = {}
+    left: dict[str, str] = {}
+    for pattern, text in ({"*": format} if isinstance(format, str) else format).items():
+        scheme = Scheme.parse(text) if isinstance(text, str) and is_scheme(text) else None
+        if scheme is None:
+            one_of("format", text, ("int8", "float32", "weights int4 group 32", "weights uint4 group 32"))
+        found = match(pattern, layers)
+        why = {} if scheme is None else {a: reason for a in found if (reason := _misfit(a, scheme, weights, target))}
+        if len(why) == len(found):
+            reasons = {reason: address for address, reason in reversed(why.items())}
+            listed = "; ".join(f"{address}: {reason}" for reason, address in reversed(reasons.items()))
+            raise PlanError(f"no layer that {pattern!r} matches can be {text!r}: {listed}")
+        for address in found:
+            chosen[address] = "float32" if address in why else str(scheme or text)
+            left.pop(address, None)
+        left |= why
+    return {address: form for address, form in sorted(chosen.items()) if form != "float32"}, left
+
+
+def _misfit(address: str, scheme: Scheme, weights: Mapping[str, LayerWeight], target: Target) -> str:
+    if address not in weights:
+        return "an operation that is no layer reads its weight too"
+    why = target.misfit(scheme, weights[address].kind)
+    return f"the target {target.name!r}: {why}" if why else ""

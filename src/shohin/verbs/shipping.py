@@ -66,7 +66,9 @@ def export(
             shown, notes = lower_program(goal, program, path, example.args, example.kwargs)
         else:
             shown, _, notes = lower_quantized(goal, quantized, path, example.args, example.kwargs)
-        parity = verify_export(goal, shown, path, expected_formats(program, quantized), [example], integer=quantized is not None)
+        parity = verify_export(
+            goal, shown, path, expected_formats(program, quantized), [example], integer=bool(quantized and quantized.activations)
+        )
         timing = goal.measure({"file": path}, example.args, kwargs=example.kwargs)["file"]
         quality = None
         if data.metric is not None or (data.has_batches and data.has_labels and data.loss is None):

@@ -88,7 +88,7 @@ def sparsify(
         if calls and (update or how.criterion in INPUTS):
             inputs = joined_inputs(graph.program, calls, samples)
             layers = {node: w.feature_axis for w, _ in chosen.values() for node in w.nodes}
-            places = picked(graph, inputs, layers, dict.fromkeys(layers, rows), seed)
+            places = picked(graph.program, inputs, layers, dict.fromkeys(layers, rows), seed)
             weights = [w for w, _ in chosen.values()]
             make = partial(_made, how, chosen, tick)
             changed = changed_in_turn(graph.program, inputs, places, weights, make, correct=update, follow=update and follow)

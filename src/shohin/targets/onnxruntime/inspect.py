@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shohin.errors import TargetError, closest
+from shohin.formats.scheme import is_scheme
 from shohin.targets.base import KernelRow
+from shohin.targets.onnxruntime.few_bits import OP
 from shohin.targets.onnxruntime.lower import ALIASES, LAYERS
 from shohin.targets.onnxruntime.session import optimized_model
 
@@ -109,7 +111,8 @@ def check(path: str | Path, expected: Mapping[str, str]) -> list[str]:
     """Where the runtime departs from the plan.
 
     Args:
-        expected: weight name (a layer) or tap name (the operation that makes that tensor) -> "int8" or "float32".
+        expected: weight name (a layer) or tap name (the operation that makes that tensor) -> "int8", "float32" or a weight scheme
+            ("weights int4 group 32").
 
     Returns:
         One sentence for each disagreement; empty if the runtime does what the plan says.
@@ -124,8 +127,8 @@ def check(path: str | Path, expected: Mapping[str, str]) -> list[str]:
     tensors = _tensors(path)
     out = []
     for name, wanted in expected.items():
-        if wanted not in ("int8", "float32"):
-            raise TargetError(f"{name!r}: expected formats are 'int8' or 'float32'; got {wanted!r}")
+        if wanted not in ("int8", "float32") and not is_scheme(wanted):
+            raise TargetError(f"{name!r}: expected formats are 'int8', 'float32' or a weight scheme; got {wanted!r}")
         if (weight := aliases.get(name, name)) in layers:
             found = _of_layer(table, weight, layers[weight])
         elif (tensor := aliases.get(name, name)) in tensors:
@@ -133,8 +136,10 @@ def check(path: str | Path, expected: Mapping[str, str]) -> list[str]:
         else:
             raise TargetError(f"{path} knows no layer or tensor {name!r}{closest(name, [*layers, *tensors])}")
         if found is None:
-            if wanted == "int8":
-                out.append(f"{name}: should be int8, but no operation of the optimized graph could be recognized as it")
+            if wanted != "float32":
+                out.append(f"{name}: should be {wanted}, but no operation of the optimized graph could be recognized as it")
+        elif (found.op == OP) != is_scheme(wanted):
+            out.append(f"{name}: should be {wanted}, but the runtime executes {found.op}")
         elif found.integer != (wanted == "int8"):
             out.append(f"{name}: should be {wanted}, but the runtime executes {found.op} ({'integer' if found.integer else 'float'})")
     return out

@@ -14,7 +14,7 @@ from shohin.errors import TargetError, closest
 from shohin.formats import Quantizer
 from shohin.run import write_atomic
 from shohin.targets.base import Lowered
-from shohin.targets.onnxruntime import rules
+from shohin.targets.onnxruntime import few_bits, rules
 from shohin.targets.onnxruntime.edges import Layer, array, layers
 from shohin.targets.onnxruntime.export import Exported, export
 from shohin.targets.onnxruntime.qdq import insert_qdq
@@ -46,7 +46,8 @@ def lower(
         path: of the file; replaced atomically.
         taps: names for the extra outputs, in order. Each names its tensor in the file and is not an output of the file.
         activations: tap or input name -> per-tensor 8-bit quantizer.
-        weights: parameter name -> quantizer, per tensor or per output channel.
+        weights: parameter name -> quantizer, per tensor or per output channel; with groups the layer keeps float activations
+            (see `shohin.targets.onnxruntime.few_bits`).
 
     Raises:
         TargetError: if the module does not export, a name matches nothing, or a quantizer does not fit.
@@ -85,7 +86,9 @@ def write(
     drop_unused(model)
     found = layers(model, transposed)
     by_name = tied | _resolve(model, {**parameters, **buffers}, found, {k: v for k, v in weights.items() if k not in tied})
-    chosen = {by_name.get(name, name): quantizer for name, quantizer in weights.items()}
+    given = {by_name.get(name, name): quantizer for name, quantizer in weights.items()}
+    chosen = {name: q for name, q in given.items() if q.group is None}
+    grouped = {name: q for name, q in given.items() if q.group is not None}
     outputs = {layer.weight: layer.output for layer in found}
     flatten_linears(model, [layer for layer in found if layer.weight in chosen])
     found = layers(model, transposed)
@@ -95,8 +98,9 @@ def write(
     asked = _by_tensor(model, activations, aliases)
     fitted, reasons = rules.conform(model, asked, [layer for layer in found if layer.weight in chosen])
     notes = rules.remarks(model, fitted, found, chosen)
-    shield_float(model, [layer for layer in found if layer.weight not in chosen], fitted)
-    insert_qdq(model, fitted, chosen, found)
+    shield_float(model, [layer for layer in found if layer.weight not in given], fitted)
+    few_bits.insert(model, grouped, found)
+    insert_qdq(model, fitted, chosen, layers(model, transposed) if grouped else found)
     del model.graph.value_info[:]
     for key, value in ((KEY, exported.signature.to_json()), (LAYERS, json.dumps(outputs)), (ALIASES, json.dumps(aliases))):
         model.metadata_props.add(key=key, value=value)

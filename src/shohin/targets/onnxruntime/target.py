@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from shohin.candidate import Measurement
     from shohin.formats import Quantizer
+    from shohin.formats.scheme import Scheme
     from shohin.program import Program
 
 
@@ -47,6 +48,12 @@ class ORTTarget(Target):
         from shohin.targets.onnxruntime.pair_safe import pair_safe_scale
 
         return pair_safe_scale if self.saturates else None
+
+    def misfit(self, scheme: Scheme, kind: str) -> str:
+        """See `Target.misfit` and `shohin.targets.onnxruntime.few_bits`."""
+        from shohin.targets.onnxruntime.few_bits import misfit
+
+        return misfit(scheme, kind)
 
     def environment(self) -> dict[str, Any]:
         """Conditions, processor, instruction sets and versions; JSON-able."""

@@ -1,0 +1,121 @@
+"""Weights on grids while activations stay float: layer by layer, each on the inputs that the rounded layers before it give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from shohin.data import Call
+from shohin.errors import DataError, PlanError, closest
+from shohin.evidence.hessian import aimed
+from shohin.evidence.layers import LayerWeight, layer_weights
+from shohin.evidence.reach import picked
+from shohin.evidence.walk import Seen, changed_in_turn
+from shohin.formats import Quantizer, Scheme
+from shohin.program import Folded, Program, fold, joined_inputs
+from shohin.quantization.grids import fitted_grid
+from shohin.quantization.quantized import Quantized
+from shohin.quantization.rounding import descended, gptq, hqq, rescaled
+from shohin.quantization.sites import Sites
+
+#: "nearest" and "hqq" need no data; "gptq" and "descent" need batches; "auto" is "descent" where there are batches, else "nearest"
+ROUNDINGS = ("auto", "nearest", "hqq", "gptq", "descent")
+#: rounds of scales, then codes, after GPTQ
+_ROUNDS = 4
+
+
+def weights_by_address(program: Program) -> dict[str, LayerWeight]:
+    """Address of each layer whose weight no operation but layers reads -> that weight."""
+    found, _ = layer_weights(program)
+    return {program.origins[node].address: weight for weight in found for node in weight.nodes}
+
+
+def quantize_weights(
+    program: Program,
+    calls: Sequence[Call],
+    schemes: Mapping[str, Scheme],
+    *,
+    rounding: str = "auto",
+    follow: bool = True,
+    samples: int = 256,
+    rows: int = 4096,
+    damp: float = 1e-2,
+    seed: int = 0,
+) -> Quantized:
+    """The program with these layers' weights on grids.
+
+    Memory beside the model: see `shohin.evidence.walk.changed_in_turn`, and about six float64 matrices of the weight that is rounded.
+
+    Args:
+        calls: calibration batches, without labels. May be empty for "nearest" and "hqq".
+        schemes: layer address -> how its weight is held.
+        rounding: one of `ROUNDINGS`; with batches each of them also moves biases by what rounding moved on the samples. "gptq" rounds the columns in the order of their importance and moves each one's error to the rest;
+            "descent" goes on from there: scales by least squares for the codes, then codes one by one beside all others, in turn.
+        follow: aim each layer at what the original gave, so that later layers correct what earlier ones left.
+        samples, rows, damp, seed: see `shohin.pruning.sparse.sparsify`.
+
+    Raises:
+        PlanError: for an unknown rounding or address, or layers that share a weight and are asked for different schemes.
+        DataError: if the rounding needs batches and there are none, or an activation is NaN.
+    """
+    if rounding not in ROUNDINGS:
+        raise PlanError(f"rounding={rounding!r} is not known; one of {', '.join(map(repr, ROUNDINGS))}{closest(str(rounding), ROUNDINGS)}")
+    if rounding == "auto":
+        rounding = "descent" if calls else "nearest"
+    if rounding in ("gptq", "descent") and not calls:
+        raise DataError(f"rounding={rounding!r} needs calibration batches: give Data(train=loader), or rounding='nearest' or 'hqq'")
+    folded = fold(program)
+    chosen = _chosen(folded.program, schemes)
+    quantizers: dict[str, Quantizer] = {}
+
+    def make(weight: LayerWeight, value: Tensor, seen: Seen) -> Tensor:
+        scheme, hessian = chosen[weight.name][1], seen.hessian
+        if hessian is None or rounding not in ("gptq", "descent"):
+            q = quantizers[weight.name] = hqq(value, scheme) if rounding == "hqq" else fitted_grid(value, scheme)
+            return q.fake(value).detach()
+        aim = value if seen.cross is None else aimed(value, hessian, seen.cross).to(value.dtype)
+        q, codes = _rounded(aim, hessian, scheme, damp, descend=rounding == "descent")
+        quantizers[weight.name] = q
+        return q.decoded(codes).to(value.dtype)
+
+    weights = [w for w, _ in chosen.values()]
+    with torch.no_grad():
+        if calls:
+            inputs = joined_inputs(folded.program, calls, samples)
+            second_order = rounding in ("gptq", "descent")
+            layers = {node: w.feature_axis for w in weights for node in w.nodes} if second_order else {}
+            places = picked(folded.program, inputs, layers, dict.fromkeys(layers, rows), seed)
+            changed = changed_in_turn(folded.program, inputs, places, weights, make, follow=follow and second_order)
+        else:
+            changed = {w.name: make(w, folded.program.tensors[w.name].detach(), Seen(None)) for w in weights}
+    changed |= {alias: changed[w.name] for w in weights for alias in w.names}
+    done = replace(folded.program, tensors={**folded.program.tensors, **changed})
+    return Quantized(Folded(done, folded.folded), {}, quantizers, Sites({}, {}, {}, {}))
+
+
+def _rounded(aim: Tensor, hessian: Tensor, scheme: Scheme, damp: float, *, descend: bool) -> tuple[Quantizer, Tensor]:
+    importance = hessian.diagonal(dim1=-2, dim2=-1).repeat_interleave(len(aim) // len(hessian), 0)
+    q = fitted_grid(aim, scheme, importance)
+    codes = gptq(aim, hessian, q, damp=damp)
+    if descend:
+        codes = descended(aim, hessian, q, codes, damp=damp)
+        for _ in range(_ROUNDS):
+            q = rescaled(aim, hessian, q, codes, damp=damp)
+            codes = descended(aim, hessian, q, codes, damp=damp, sweeps=1)
+    return q, codes
+
+
+def _chosen(program: Program, schemes: Mapping[str, Scheme]) -> dict[str, tuple[LayerWeight, Scheme]]:
+    known = weights_by_address(program)
+    found: dict[str, tuple[LayerWeight, Scheme]] = {}
+    for address, scheme in schemes.items():
+        if address not in known:
+            raise PlanError(f"{address!r} is no layer with a weight of its own{closest(address, known)}")
+        weight = known[address]
+        if found.setdefault(weight.name, (weight, scheme))[1] != scheme:
+            raise PlanError(f"{address!r} shares the weight {weight.name!r} with a layer that is asked for {str(found[weight.name][1])!r}")
+    order = {w.name: i for i, w in enumerate(layer_weights(program)[0])}
+    return {name: found[name] for name in sorted(found, key=order.__getitem__)}
