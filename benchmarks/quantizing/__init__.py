@@ -1,0 +1,1 @@
+"""What the benchmark of quantization is made of."""

@@ -1,0 +1,49 @@
+"""MiniLM as an ONNX file with a free batch and a free length, for the peers that quantize such files."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from distilling.minilm import padded, tokenized
+
+
+def exported(model: nn.Module, path: Path) -> Path:
+    """The float file, by torch's own exporter."""
+    example = padded(tokenized(["a small dog runs", "the"] * 2))
+    free = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for name in example}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program: Any = torch.onnx.export(model, (), kwargs=example, dynamo=True, dynamic_shapes=free, opset_version=20, verbose=False)
+    program.save(str(path))
+    return path
+
+
+class Vectors(nn.Module):
+    """A runtime's answers as a module, so that one judge asks all."""
+
+    def __init__(self, run: Callable[[Mapping[str, NDArray[Any]]], NDArray[Any]]) -> None:
+        super().__init__()
+        self._run = run
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Embeddings ``[N, 384]``."""
+        return torch.from_numpy(np.array(self._run({"input_ids": input_ids.numpy(), "attention_mask": attention_mask.numpy()})))
+
+
+def in_onnxruntime(path: Path) -> nn.Module:
+    """The file in ONNX Runtime, with one thread."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return Vectors(lambda inputs: session.run(None, dict(inputs))[0])

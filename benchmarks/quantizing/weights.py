@@ -1,0 +1,193 @@
+"""MiniLM with 4-bit weights in groups of 32, by Shohin and its peers: ``python benchmarks/quantization.py``.
+
+All quantize the same 36 linear layers (embeddings stay float) and see the same texts, without labels. How far the embeddings of held-out
+texts move is the figure; WordSim-353 and the Lee news texts are looked at for the record alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import shohin
+from cutting.texts import TEXTS, Judges, calibration, moved
+from distilling.corpus import texts
+from distilling.minilm import embed, evaluated, load_teacher
+from quantizing.onnx_text import Vectors, exported, in_onnxruntime
+from records import HERE, Record, interpreter
+from shohin.run import write_atomic
+
+GROUP = 32
+RESULTS, TABLE = HERE / "quantization_weights.json", HERE / "quantization_weights.md"
+#: what the project demands: of the best peer's squared error, at equal bytes
+SHARE = 0.9
+OURS = "shohin: descent, uint4"
+NNCF = ("plain", "awq", "scale estimation", "gptq", "awq, scale estimation, gptq")
+
+Found = tuple[nn.Module, float, int]
+"""A module that embeds texts, processor seconds, and bytes of the 36 weights."""
+
+
+def packed_bytes(zero_points: bool, scale_bits: int = 32) -> int:
+    """Of the 36 weights of MiniLM: codes, scales and zero points."""
+    weights = 6 * (4 * 384 * 384 + 2 * 384 * 1536)
+    return (weights * 4 + weights // GROUP * (scale_bits + 4 * zero_points)) // 8
+
+
+def ours(teacher: nn.Module, data: shohin.Data, rounding: str, kind: str) -> Found:
+    """`shohin.quantize` with a weight scheme."""
+    began = time.process_time()
+    found = shohin.quantize(teacher, data, f"weights {kind} group {GROUP}", rounding=rounding)
+    seconds = time.process_time() - began
+    model = copy.deepcopy(teacher)
+    assert found.model is not None
+    model.load_state_dict(found.model.state_dict())
+    return model, seconds, packed_bytes(kind == "uint4")
+
+
+def onnxruntime(teacher: nn.Module, data: shohin.Data, way: str, folder: Path) -> Found:
+    """ONNX Runtime's own quantizer of matrix products: round to nearest, symmetric or not, or HQQ."""
+    import onnx
+    from onnxruntime.quantization import matmul_nbits_quantizer as own
+
+    own.logger.setLevel("WARNING")
+    path = exported(teacher, folder / "float.onnx")
+    began = time.process_time()
+    options = {"block_size": GROUP, "is_symmetric": way == "nearest, int4"}
+    settings = (
+        own.HQQWeightOnlyQuantConfig(block_size=GROUP, bits=4) if way == "hqq, uint4" else own.DefaultWeightOnlyQuantConfig(**options)
+    )
+    quantizer = own.MatMulNBitsQuantizer(onnx.load(str(path)), **options, algo_config=settings)
+    quantizer.process()
+    seconds = time.process_time() - began
+    done = quantizer.model.model
+    nodes = [node for node in done.graph.node if node.op_type == "MatMulNBits"]
+    if len(nodes) != 36:
+        raise SystemExit(f"ONNX Runtime quantized {len(nodes)} layers, not 36")
+    onnx.save(done, str(folder / "few.onnx"))
+    held = {i.name: len(i.raw_data) for i in done.graph.initializer}  # its HQQ has float zero points
+    return in_onnxruntime(folder / "few.onnx"), seconds, sum(held[name] for node in nodes for name in node.input[1:])
+
+
+class _Asked(nn.Module):
+    """Remembers what it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[dict[str, np.ndarray[Any, Any]]] = []
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Zeros."""
+        self.batches.append({"ids": input_ids.numpy(), "mask": attention_mask.numpy()})
+        return torch.zeros(len(input_ids), 384)
+
+
+def nncf(teacher: nn.Module, data: shohin.Data, way: str, folder: Path, asked: Sequence[Any]) -> Found:
+    """NNCF's ``compress_weights`` in OpenVINO: 16-bit scales."""
+    path = exported(teacher, folder / "float.onnx")
+    learned = [{"ids": b["input_ids"].numpy(), "mask": b["attention_mask"].numpy()} for b in data.train or ()]
+    for name, batches in (("learned", learned), ("asked", asked)):
+        np.savez(folder / f"{name}.npz", **{f"{key}{i}": value for i, batch in enumerate(batches) for key, value in batch.items()})
+    script = Path(__file__).with_name("nncf_weights.py")
+    command = [interpreter("nncf"), str(script), str(path), way, *(str(folder / f"{n}.npz") for n in ("learned", "asked", "out"))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr[-800:])
+    said = json.loads(done.stdout.strip().splitlines()[-1])
+    print("  NNCF:", said, flush=True)
+    held = np.load(folder / "out.npz")
+    answers = iter([held[f"v{i}"] for i in range(len(held.files))])
+    return Vectors(lambda _: next(answers)), said["seconds"], packed_bytes(True, 16)
+
+
+def rows(teacher: nn.Module, data: shohin.Data, folder: Path, asked: Sequence[Any]) -> dict[str, Callable[[], Found]]:
+    """Every way by name."""
+    found: dict[str, Callable[[], Found]] = {}
+    for kind in ("uint4", "int4"):
+        for rounding in ("descent", "gptq", "hqq", "nearest"):
+            if (rounding, kind) != ("hqq", "int4"):
+                found[f"shohin: {rounding}, {kind}"] = partial(ours, teacher, data, rounding, kind)
+    for way in ("nearest, int4", "nearest, uint4", "hqq, uint4"):
+        found[f"onnxruntime: {way}"] = partial(onnxruntime, teacher, data, way, folder)
+    for way in NNCF:
+        found[f"nncf: {way}"] = partial(nncf, teacher, data, way, folder, asked)
+    return found
+
+
+def verdict(records: Sequence[Record]) -> Record:
+    """Shohin's default beside the best peer."""
+    mine = next((r for r in records if r["name"] == OURS), None)
+    peers = [r for r in records if not r["name"].startswith("shohin")]
+    if mine is None or not peers:
+        return {}
+    best = min(peers, key=lambda r: float(r["held_out"]["squared"]))
+    ratio = mine["held_out"]["squared"] / best["held_out"]["squared"]
+    return {"best_peer": best["name"], "ratio": ratio, "demanded": SHARE, "met": ratio <= SHARE}
+
+
+def table(whole: Record, records: Sequence[Record]) -> str:
+    """Markdown, the smallest error first."""
+    lines = [
+        f"MiniLM as it comes: rank correlation with people {whole['words']:.4f} (WordSim-353), {whole['news']:.4f} (Lee). 36 linear layers "
+        f"with 4-bit weights in groups of {GROUP}; nothing is trained.",
+        "",
+        "| method | bytes of the 36 weights | held-out texts: squared error | 1 - cosine | WordSim-353: drop | 95 % interval | Lee: drop | 95 % interval | processor seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in sorted(records, key=lambda r: float(r["held_out"]["squared"])):
+        cells = [r["name"], f"{r['bytes'] / 1e6:.2f} MB", f"{r['held_out']['squared']:.4f}", f"{r['held_out']['turned']:.4f}"]
+        for name in ("words", "news"):
+            low, high = r["people"][name]["interval"]
+            cells += [f"{r['people'][name]['drop']:+.4f}", f"{low:+.3f} to {high:+.3f}"]
+        lines.append(f"| {' | '.join(cells)} | {r['seconds']:.0f} |")
+    if found := verdict(records):
+        said = "met" if found["met"] else "not met"
+        lines += ["", f"- {OURS}: {found['ratio']:.2f}x the error of the best peer ({found['best_peer']}), demanded {SHARE}: {said}"]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="quantization", description=__doc__)
+    parser.add_argument("--rows", nargs="+", default=None, help="names, or beginnings of names; all others stay as they were")
+    parser.add_argument("--show", action="store_true", help="only what is known already")
+    given = parser.parse_args()
+    held_records = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {"whole": {}, "records": []}
+    if given.show:
+        print(table(held_records["whole"], held_records["records"]))
+        return
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    teacher, (_, held), data = load_teacher(), texts(), calibration(TEXTS)
+    wanted, judges = {name: embed(teacher, lines) for name, lines in held.items()}, Judges.of(teacher)
+    best = judges.whole.figures()
+    whole = {"words": best.words, "news": best.news}
+    asked = _Asked()
+    moved(asked, wanted, held)
+    evaluated(asked)
+    records = {r["name"]: r for r in held_records["records"]}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, run in rows(teacher, data, Path(folder), asked.batches).items():
+            if given.rows is not None and not any(name.startswith(row) for row in given.rows):
+                continue
+            model, seconds, size = run()
+            record = {"name": name, "seconds": round(seconds, 1), "bytes": size}
+            record |= {"held_out": moved(model, wanted, held), "people": judges.drop(evaluated(model))}
+            print(name, f"squared error {record['held_out']['squared']:.5f}, {seconds:.0f} s", flush=True)
+            records[name] = record
+            ordered = list(records.values())
+            write_atomic(RESULTS, (json.dumps({"whole": whole, "verdict": verdict(ordered), "records": ordered}, indent=1) + "\n").encode())
+            write_atomic(TABLE, table(whole, ordered).encode())
+    print(TABLE.read_text("utf-8"))
