@@ -1,4 +1,4 @@
-"""NNCF's weight compression of an ONNX file, in an environment of its own: ``python nncf_weights.py FILE WAY BATCHES TEXTS OUT``.
+"""NNCF's weight compression of an exported PyTorch program in OpenVINO, in an environment of its own: ``python nncf_weights.py FILE WAY BATCHES TEXTS OUT``.
 
 BATCHES: an npz of calibration batches ("ids0", "mask0", ...). TEXTS: an npz of batches to embed. OUT: an npz of their embeddings in
 OpenVINO, computed in float32, with the bytes of the compressed weights file. It imports nothing of Shohin.
@@ -13,6 +13,7 @@ from pathlib import Path
 import nncf
 import numpy as np
 import openvino as ov
+import torch
 
 #: as its documentation offers them; the last is all of them together
 WAYS = {
@@ -34,7 +35,7 @@ def main() -> None:
     """The command."""
     file, way, learned, asked, out = sys.argv[1:]
     core = ov.Core()
-    model = core.read_model(file)
+    model = ov.convert_model(torch.export.load(file))
     options = dict(WAYS[way])
     if options:
         options["dataset"] = nncf.Dataset(batches(learned))

@@ -1,4 +1,4 @@
-"""MiniLM as an ONNX file with a free batch and a free length, for the peers that quantize such files."""
+"""MiniLM as a program and as an ONNX file, with a free batch and a free length, for the peers that quantize these."""
 
 from __future__ import annotations
 
@@ -15,14 +15,19 @@ from torch import nn
 from distilling.minilm import padded, tokenized
 
 
-def exported(model: nn.Module, path: Path) -> Path:
-    """The float file, by torch's own exporter."""
+def captured(model: nn.Module) -> torch.export.ExportedProgram:
+    """The program, batch and length free."""
     example = padded(tokenized(["a small dog runs", "the"] * 2))
     free = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for name in example}
+    return torch.export.export(model, (), example, dynamic_shapes=free)
+
+
+def exported(model: nn.Module, path: Path) -> Path:
+    """The float file, by torch's own exporter."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program: Any = torch.onnx.export(model, (), kwargs=example, dynamo=True, dynamic_shapes=free, opset_version=20, verbose=False)
+        program: Any = torch.onnx.export(captured(model), (), dynamo=True, opset_version=20, verbose=False)
     program.save(str(path))
     return path
 

@@ -25,7 +25,7 @@ import shohin
 from cutting.texts import TEXTS, Judges, calibration, moved
 from distilling.corpus import texts
 from distilling.minilm import embed, evaluated, load_teacher
-from quantizing.onnx_text import Vectors, exported, in_onnxruntime
+from quantizing.onnx_text import Vectors, captured, exported, in_onnxruntime
 from records import HERE, Record, interpreter
 from shohin.run import write_atomic
 
@@ -96,7 +96,8 @@ class _Asked(nn.Module):
 
 def nncf(teacher: nn.Module, data: shohin.Data, way: str, folder: Path, asked: Sequence[Any]) -> Found:
     """NNCF's ``compress_weights`` in OpenVINO: 16-bit scales."""
-    path = exported(teacher, folder / "float.onnx")
+    path = folder / "float.pt2"
+    torch.export.save(captured(teacher), path)
     learned = [{"ids": b["input_ids"].numpy(), "mask": b["attention_mask"].numpy()} for b in data.train or ()]
     for name, batches in (("learned", learned), ("asked", asked)):
         np.savez(folder / f"{name}.npz", **{f"{key}{i}": value for i, batch in enumerate(batches) for key, value in batch.items()})

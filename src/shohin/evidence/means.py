@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from shohin.evidence.layer_rows import channel_axis
+from shohin.evidence.layer_rows import channel_axis, output_rows
 from shohin.evidence.layers import CONVOLUTIONS
 from shohin.program import Program, family, interpret
 from shohin.program.nodes import argument
@@ -60,8 +60,24 @@ def moments_along(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     return lines.mean(1), lines.var(1, correction=0)
 
 
-def dense_means(program: Program, inputs: tuple[Any, ...], taken: Callable[[fx.Node, Tensor], Tensor | None]) -> Means:
-    """One pass over the dense program; memory: its activations, two vectors for each layer, and what is ``taken`` of its outputs."""
+def mean_output(node: fx.Node, value: Tensor, at: Tensor | None) -> Tensor:
+    """Mean of a layer's outputs, float64 ``[O]``, over these rows (all, if there are none): padding would outweigh what is seen."""
+    if at is None or not len(at):
+        return moments_along(value, channel_axis(node, value))[0]
+    return output_rows(node, value, at).double().mean(0)
+
+
+def dense_means(
+    program: Program,
+    inputs: tuple[Any, ...],
+    places: Mapping[str, Tensor],
+    taken: Callable[[fx.Node, Tensor], Tensor | None],
+) -> Means:
+    """One pass over the dense program; memory: its activations, two vectors for each layer, and what is ``taken`` of its outputs.
+
+    Args:
+        places: layer node -> the rows that its mean is taken over; absent: all.
+    """
     found, with_bias, normalized = Means(), biases(program), norms(program)
 
     def visit(node: fx.Node, value: Any, args: tuple[Any, ...]) -> Any:
@@ -69,7 +85,7 @@ def dense_means(program: Program, inputs: tuple[Any, ...], taken: Callable[[fx.N
         if rows is not None:
             found.rows[node.name] = rows
         if node.name in with_bias:
-            found.outputs[node.name] = moments_along(value, channel_axis(node, value))[0]
+            found.outputs[node.name] = mean_output(node, value, places.get(node.name))
         if node.name in normalized:
             found.norms[node.name] = moments_along(args[0], 1)
         return value
@@ -78,10 +94,10 @@ def dense_means(program: Program, inputs: tuple[Any, ...], taken: Callable[[fx.N
     return found
 
 
-def shifted_bias(node: fx.Node, value: Tensor, bias: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """The layer's output and its bias with the mean that the dense layer's output had; unchanged where that is equal."""
+def shifted_bias(node: fx.Node, value: Tensor, bias: Tensor, mean: Tensor, at: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The layer's output and its bias with the mean over these rows that the dense layer's output had; unchanged where that is equal."""
     axis = channel_axis(node, value)
-    shift = (mean - moments_along(value, axis)[0]).to(bias)
+    shift = (mean - mean_output(node, value, at)).to(bias)
     return value + shift.reshape(-1, *[1] * (value.dim() - 1 - axis)), bias + shift
 
 

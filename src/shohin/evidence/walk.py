@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from shohin.evidence.gram import GramAccumulator, Moments
-from shohin.evidence.layer_rows import cross_moments, input_rows, output_rows
+from shohin.evidence.layer_rows import channel_axis, cross_moments, input_rows, output_rows
 from shohin.evidence.layers import LayerWeight
 from shohin.evidence.means import Means, applied, biases, dense_means, moved_statistics, norms, shifted_bias
 from shohin.program import Program, interpret
@@ -46,6 +46,14 @@ class Seen:
 Make = Callable[[LayerWeight, Tensor, Seen], Tensor]
 
 
+def looked_at(program: Program, weights: Sequence[LayerWeight]) -> dict[str, int]:
+    """Layer node -> the axis of its output's features, for the layers of these weights and all whose bias may move."""
+    nodes = {n.name: n for n in program.graph.nodes}
+    return {node: w.feature_axis for w in weights for node in w.nodes} | {
+        name: channel_axis(nodes[name], nodes[name].meta["val"]) for name in biases(program)
+    }
+
+
 def changed_in_turn(
     program: Program,
     inputs: tuple[Any, ...],
@@ -53,6 +61,7 @@ def changed_in_turn(
     weights: Sequence[LayerWeight],
     make: Make,
     *,
+    moments: bool = True,
     correct: bool = True,
     follow: bool = True,
 ) -> dict[str, Tensor]:
@@ -64,8 +73,10 @@ def changed_in_turn(
 
     Args:
         inputs: of the program, all samples as one batch.
-        places: layer node -> the rows of its output that are looked at; see `shohin.evidence.reach.picked`. Absent: none.
+        places: node of `looked_at` -> the rows of its output that count; see `shohin.evidence.reach.picked`. Of a node that is absent no
+            moments are taken, and the mean is over all rows.
         make: gives the new value of a weight, in the program's order.
+        moments: take moments of the inputs; without them a weight is made from its values alone.
         correct: also move each layer's bias and each batch normalization's statistics by what the changes moved on the samples.
         follow: tell what each layer's outputs miss of the original's, so that later layers can correct what earlier ones left.
 
@@ -75,28 +86,28 @@ def changed_in_turn(
     by_name = {w.name: w for w in weights}
     first = {w.nodes[0]: w.name for w in weights}
     readers = {node: w.name for w in weights for node in w.nodes}
-    shared = _shared(program, inputs, places, [w for w in weights if len(w.nodes) > 1])
+    shared = _shared(program, inputs, places, [w for w in weights if moments and len(w.nodes) > 1])
     alone = {w.nodes[0] for w in weights if len(w.nodes) == 1}
 
     def taken(node: fx.Node, value: Tensor) -> Tensor | None:
         return output_rows(node, value, places[node.name]) if follow and node.name in alone and node.name in places else None
 
-    original = dense_means(program, inputs, taken) if correct or follow else Means()
+    original = dense_means(program, inputs, places, taken) if correct or follow else Means()
     own_bias, own_norm = biases(program), norms(program)
     changed: dict[str, Tensor] = {}
     tensors = applied(program, {})
 
     def seen(node: fx.Node, value: Tensor, x: Tensor, weight: LayerWeight) -> Seen:
-        if not any(len(places.get(n, ())) for n in weight.nodes):
+        if not moments or not any(len(places.get(n, ())) for n in weight.nodes):
             return Seen(None)
         rows = None if weight.name in shared else input_rows(node, x, weight, places[node.name])
-        moments = shared[weight.name] if rows is None else _moments([rows], weight)
+        own = shared[weight.name] if rows is None else _moments([rows], weight)
         centred = weight.nodes == (node.name,) and _centred(node, own_bias, own_norm)
         cross = None
         if rows is not None and node.name in original.rows:
             missing = original.rows[node.name].double() - output_rows(node, value, places[node.name]).double()
             cross = cross_moments(rows, missing, weight.groups, centred)
-        return Seen(moments, centred, cross)
+        return Seen(own, centred, cross)
 
     def visit(node: fx.Node, value: Any, args: tuple[Any, ...]) -> Any:
         if node.name in first:
@@ -108,7 +119,7 @@ def changed_in_turn(
             return value
         if node.name in own_bias:
             name = own_bias[node.name]
-            value, changed[name] = shifted_bias(node, value, tensors[name], original.outputs[node.name])
+            value, changed[name] = shifted_bias(node, value, tensors[name], original.outputs[node.name], places.get(node.name))
         if node.name in own_norm:
             names = own_norm[node.name]
             new = moved_statistics(args[0], original.norms[node.name], (tensors[names[0]], tensors[names[1]]))

@@ -13,7 +13,7 @@ from shohin.errors import DataError, PlanError, closest
 from shohin.evidence.hessian import aimed
 from shohin.evidence.layers import LayerWeight, layer_weights
 from shohin.evidence.reach import picked
-from shohin.evidence.walk import Seen, changed_in_turn
+from shohin.evidence.walk import Seen, changed_in_turn, looked_at
 from shohin.formats import Quantizer, Scheme
 from shohin.program import Folded, Program, fold, joined_inputs
 from shohin.quantization.grids import fitted_grid
@@ -40,8 +40,8 @@ def quantize_weights(
     *,
     rounding: str = "auto",
     follow: bool = True,
-    samples: int = 256,
-    rows: int = 4096,
+    samples: int = 512,
+    rows: int = 16384,
     damp: float = 1e-2,
     seed: int = 0,
 ) -> Quantized:
@@ -86,9 +86,9 @@ def quantize_weights(
         if calls:
             inputs = joined_inputs(folded.program, calls, samples)
             second_order = rounding in ("gptq", "descent")
-            layers = {node: w.feature_axis for w in weights for node in w.nodes} if second_order else {}
+            layers = looked_at(folded.program, weights)
             places = picked(folded.program, inputs, layers, dict.fromkeys(layers, rows), seed)
-            changed = changed_in_turn(folded.program, inputs, places, weights, make, follow=follow and second_order)
+            changed = changed_in_turn(folded.program, inputs, places, weights, make, moments=second_order, follow=follow and second_order)
         else:
             changed = {w.name: make(w, folded.program.tensors[w.name].detach(), Seen(None)) for w in weights}
     changed |= {alias: changed[w.name] for w in weights for alias in w.names}

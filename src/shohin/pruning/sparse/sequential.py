@@ -13,7 +13,7 @@ from shohin.data import Call, Data
 from shohin.errors import DataError, PlanError, closest
 from shohin.evidence.layers import LayerWeight
 from shohin.evidence.reach import picked
-from shohin.evidence.walk import Seen, changed_in_turn
+from shohin.evidence.walk import Seen, changed_in_turn, looked_at
 from shohin.graph import Graph
 from shohin.program import joined_inputs
 from shohin.pruning.sparse import scores
@@ -87,9 +87,9 @@ def sparsify(
     with torch.no_grad():
         if calls and (update or how.criterion in INPUTS):
             inputs = joined_inputs(graph.program, calls, samples)
-            layers = {node: w.feature_axis for w, _ in chosen.values() for node in w.nodes}
-            places = picked(graph.program, inputs, layers, dict.fromkeys(layers, rows), seed)
             weights = [w for w, _ in chosen.values()]
+            layers = looked_at(graph.program, weights)
+            places = picked(graph.program, inputs, layers, dict.fromkeys(layers, rows), seed)
             make = partial(_made, how, chosen, tick)
             changed = changed_in_turn(graph.program, inputs, places, weights, make, correct=update, follow=update and follow)
         else:
