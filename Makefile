@@ -1,7 +1,7 @@
 # make demo: the main job on real data.  make test: everything that must hold.  make sweep: many known architectures, cut and
 # compared (hours; goes on where it stopped).  make benchmark-understand: beside Torch-Pruning (an hour; likewise).  make
 # benchmark-distillation: beside torchdistill and ModelOpt (hours; likewise).  make benchmark-pruning: beside Torch-Pruning, ModelOpt and
-# torch's own (hours; likewise).  All set up .venv on first use.
+# torch's own (hours; likewise).  make benchmark-quantization: beside ONNX Runtime and NNCF (half an hour).  All set up .venv on first use.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test sweep benchmark-understand benchmark-distillation benchmark-pruning lint format setup clean
+.PHONY: demo test sweep benchmark-understand benchmark-distillation benchmark-pruning benchmark-quantization lint format setup clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -30,6 +30,9 @@ benchmark-distillation: setup .venv-torchdistill/.installed .venv-modelopt/.inst
 
 benchmark-pruning: setup $(VENV)/.understand .venv-modelopt/.installed
 	$(ONE_THREAD) $(BIN)/python benchmarks/pruning.py $(PRUNING)
+
+benchmark-quantization: setup .venv-nncf/.installed
+	$(ONE_THREAD) $(BIN)/python benchmarks/quantization.py $(QUANTIZATION)
 
 lint: setup
 	$(BIN)/ruff check

@@ -101,6 +101,15 @@ def test_quantize_writes_weights_plan_and_file(stopped: Stopped, tmp_path: Path)
     assert set(formats.values()) == {"int8"} and formats and not any(a.startswith("stem") for a in formats)
     assert "size_bytes" in done.stdout and invoke("verify", tmp_path / "q").exit_code == 0
 
+    few = ("--format", "weights uint4 group 16", "--rounding", "nearest")
+    done = invoke("quantize", stopped.task, "--out", tmp_path / "few", *few)
+    assert done.exit_code == 0, done.output
+    formats = json.loads((tmp_path / "few" / "candidate.json").read_text())["plan"]["formats"]
+    assert set(formats.values()) == {"weights uint4 group 16"} and invoke("verify", tmp_path / "few").exit_code == 0
+    for option, value in (("--ranges", "largest"), ("--rounding", "up"), ("--format", "weights int3")):
+        done = invoke("quantize", stopped.task, "--out", tmp_path / "q2", option, value)
+        assert done.exit_code == 2 and value.removeprefix("weights ") in done.stderr and not (tmp_path / "q2").exists()
+
     done = invoke("quantize", stopped.task, "--out", tmp_path / "q")
     assert done.exit_code == 2 and "not an empty folder" in done.stderr
     done = invoke("quantize", stopped.task, "--out", tmp_path / "q2", "--layer", "nothing.*=float32")

@@ -67,10 +67,14 @@ Align = Annotated[int, typer.Option("--align", min=1, help="Kept channels are mu
 Samples = Annotated[int, typer.Option("--samples", min=1, help="Of the calibration batches.")]
 Recover = Annotated[str, typer.Option("--recover", help="auto, none, compensate, or distill.")]
 Epochs = Annotated[int, typer.Option("--epochs", min=1, help="Passes over the training batches.")]
-Format = Annotated[str, typer.Option("--format", help="Of every layer: int8 or float32.")]
+Format = Annotated[
+    str, typer.Option("--format", help="Of every layer: int8, float32, or weights of few bits, such as 'weights uint4 group 32'.")
+]
 Layer = Annotated[
     list[str] | None, typer.Option("--layer", metavar="PATTERN=FORMAT", help="Format of some layers by address; may be repeated.")
 ]
+Ranges = Annotated[str, typer.Option("--ranges", help="Of int8 activations: mse, percentile, entropy, minmax or moving.")]
+Rounding = Annotated[str, typer.Option("--rounding", help="Of weights beside float activations: auto, nearest, hqq, gptq or descent.")]
 Losses = Annotated[str | None, typer.Option("--losses", metavar="NAME", help="kd, dkd, dist or mse; default kd.")]
 HtmlFile = Annotated[
     Path | None, typer.Option("--html", metavar="FILE", help="Also draw the model, its groups coloured, as one HTML page.")
@@ -183,6 +187,8 @@ def quantize(
     task: options.TaskFile,
     format: Format = "int8",
     layer: Layer = None,
+    ranges: Ranges = "mse",
+    rounding: Rounding = "auto",
     target: options.TargetName = "onnxruntime",
     out: options.OutFolder = None,
     seed: options.Seed = 0,
@@ -196,7 +202,7 @@ def quantize(
         values = load_task(task, seed)
         from shohin.verbs import quantize
 
-        made = quantize(values["model"], values["data"], formats, goal, seed=seed)
+        made = quantize(values["model"], values["data"], formats, goal, ranges=ranges, rounding=rounding, seed=seed)
         _deliver(made, values["data"], goal, folder)
 
 
