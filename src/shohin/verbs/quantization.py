@@ -28,6 +28,7 @@ def quantize(
     *,
     ranges: str | Mapping[str, str] = "mse",
     rounding: str = "auto",
+    samples: int = 512,
     seed: int = 0,
 ) -> Candidate:
     """Fewer bits, ready for `export`: integer weights and activations, or weights of few bits beside float activations.
@@ -43,6 +44,7 @@ def quantize(
             methods; the last pattern that matches decides, "mse" where none does, and a pattern that matches nothing is an error.
         rounding: of weights beside float activations: "nearest" and "hqq" (neither needs data), "gptq", "descent" (GPTQ, then scales and
             codes in turn), or "auto": "descent" where ``data`` has batches, else "nearest".
+        samples: of the calibration batches.
 
     Returns:
         A candidate whose ``.model`` holds weights snapped to their grids (batch normalization folded into them), ``.view``
@@ -55,10 +57,12 @@ def quantize(
     """
     from shohin.pipeline.job import load_tensors
     from shohin.program import structural_copy
+    from shohin.pruning.amounts import check_count
     from shohin.quantization import ROUNDINGS, quantize_layers
 
     goal = get_target(target)
     one_of("rounding", rounding, ROUNDINGS)
+    check_count("samples", samples, 1)
     for method in [ranges] if isinstance(ranges, str) else ranges.values():
         range_method(method)
     with seeded(checked(data), seed):
@@ -67,7 +71,7 @@ def quantize(
         static = "int8" in chosen.values()
         if static and not data.has_batches:
             raise DataError("static quantization needs calibration batches: give Data(train=loader)")
-        calls = calibration(data, seed) if data.has_batches else []
+        calls = calibration(data, seed, samples) if data.has_batches else []
         quantized = quantize_layers(program, calls, chosen, rounding=rounding, ranges=ranges, least_scale=goal.least_scale(), seed=seed)
         own = {
             id(t): (nn.Parameter(t.detach().clone(), t.requires_grad) if isinstance(t, nn.Parameter) else t.detach().clone())
