@@ -130,3 +130,45 @@ def test_a_weight_that_is_read_otherwise_is_refused() -> None:
     model, ids = Tied().eval(), torch.arange(6).reshape(2, 3)
     with pytest.raises(PlanError, match="an operation that is no layer reads its weight too"):
         shohin.quantize(model, shohin.Data(example=(ids,)), "weights int4 group 32")
+
+
+@pytest.mark.parametrize("other", ["int8", "float32", "weights int4 group 32"])
+def test_layers_with_one_weight_have_one_format(other: str) -> None:
+    with pytest.raises(PlanError, match=r"share the weight 'shared.weight'.*give both one format"):
+        shohin.quantize(randomize(Odd(), 0), data_of((5, 40)), {"*": "weights uint4 group 32", "shared/linear.1": other})
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_other_types_are_refused_before_the_work(kind: torch.dtype) -> None:
+    model = randomize(Odd(), 0).to(kind)
+    data = shohin.Data(train=[torch.randn(8, 5, 40, dtype=kind)])
+    with pytest.raises(PlanError, match=r"its weight is .*float.*quantize model.float\(\)"):
+        shohin.quantize(model, data, "weights uint4 group 32", rounding="nearest")
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "hqq", "descent"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_data_with_nan_makes_no_model(rounding: str, bad: float) -> None:
+    data = data_of((5, 40))
+    next(iter(data.train or ()))[0, 0, 0] = bad
+    with pytest.raises(shohin.errors.DataError, match="NaN or Inf"):
+        shohin.quantize(randomize(Odd(), 0), data, "weights uint4 group 32", rounding=rounding)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"format": None}, "format is a text, or patterns"),
+        ({"format": {}}, "format is a text, or patterns"),
+        ({"format": {3: "int8"}}, "format is a text, or patterns"),
+        ({"format": "weights uint4 group ²"}, "no weight format"),
+        ({"ranges": None}, "ranges is a text, or patterns"),
+        ({"ranges": {"*": 3}}, "3"),
+        ({"samples": 0}, "samples must be a whole number"),
+        ({"seed": "a"}, "seed must be a whole number"),
+        ({"rounding": None}, "rounding=None is not known"),
+    ],
+)
+def test_wrong_arguments_are_told(options: dict[str, object], said: str) -> None:
+    with pytest.raises(PlanError, match=said):
+        shohin.quantize(randomize(Odd(), 0), data_of((5, 40)), **options)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from shohin.errors import DataError
 from shohin.evidence.layer_rows import channel_axis, output_rows
 from shohin.evidence.layers import CONVOLUTIONS
 from shohin.program import Program, family, interpret
@@ -61,10 +62,18 @@ def moments_along(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
 
 
 def mean_output(node: fx.Node, value: Tensor, at: Tensor | None) -> Tensor:
-    """Mean of a layer's outputs, float64 ``[O]``, over these rows (all, if there are none): padding would outweigh what is seen."""
+    """Mean of a layer's outputs, float64 ``[O]``, over these rows (all, if there are none): padding would outweigh what is seen.
+
+    Raises:
+        DataError: if it is NaN or Inf.
+    """
     if at is None or not len(at):
-        return moments_along(value, channel_axis(node, value))[0]
-    return output_rows(node, value, at).double().mean(0)
+        mean = moments_along(value, channel_axis(node, value))[0]
+    else:
+        mean = output_rows(node, value, at).double().mean(0)
+    if not bool(torch.isfinite(mean).all()):
+        raise DataError("the output of a layer holds NaN or Inf on the calibration data: check the data and the model")
+    return mean
 
 
 def dense_means(

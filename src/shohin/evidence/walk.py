@@ -42,6 +42,16 @@ class Seen:
             return None
         return self.moments.covariance if self.centred else self.moments.second
 
+    @property
+    def shrunk(self) -> Tensor | None:
+        """The same, correlations made smaller by ``F / (F + rows)``: of few rows they are chance."""
+        found = self.hessian
+        if found is None or self.moments is None:
+            return None
+        size = found.shape[-1]
+        keep = self.moments.rows / (self.moments.rows + size)
+        return keep * found + (1 - keep) * torch.diag_embed(found.diagonal(dim1=-2, dim2=-1))
+
 
 Make = Callable[[LayerWeight, Tensor, Seen], Tensor]
 

@@ -39,7 +39,7 @@ class Scheme:
             raise PlanError(f"{text!r}: weights have at most 8 bits, and {form.name} has {form.bits}")
         if rest in (["tensor"], ["channel"], []):
             return Scheme(form, "tensor" if rest == ["tensor"] else "channel")
-        if len(rest) == 2 and rest[0] == "group" and rest[1].isdigit() and int(rest[1]) > 0:
+        if len(rest) == 2 and rest[0] == "group" and rest[1].isdecimal() and int(rest[1]) > 0:
             return Scheme(form, "group", int(rest[1]))
         raise PlanError(f"{text!r} is no weight format: {_FORM}")
 

@@ -54,6 +54,7 @@ def quantize_weights(
         schemes: layer address -> how its weight is held.
         rounding: one of `ROUNDINGS`; with batches each of them also moves biases by what rounding moved on the samples. "gptq" rounds the columns in the order of their importance and moves each one's error to the rest;
             "descent" goes on from there: scales by least squares for the codes, then codes one by one beside all others, in turn.
+            A layer with fewer rows than inputs is rounded to the nearest: of so few, correlations are chance.
         follow: aim each layer at what the original gave, so that later layers correct what earlier ones left.
         samples, rows, damp, seed: see `shohin.pruning.sparse.sparsify`.
 
@@ -72,8 +73,9 @@ def quantize_weights(
     quantizers: dict[str, Quantizer] = {}
 
     def make(weight: LayerWeight, value: Tensor, seen: Seen) -> Tensor:
-        scheme, hessian = chosen[weight.name][1], seen.hessian
-        if hessian is None or rounding not in ("gptq", "descent"):
+        scheme, hessian = chosen[weight.name][1], seen.shrunk
+        few = seen.moments is not None and hessian is not None and seen.moments.rows < hessian.shape[-1]
+        if hessian is None or few or rounding not in ("gptq", "descent"):
             q = quantizers[weight.name] = hqq(value, scheme) if rounding == "hqq" else fitted_grid(value, scheme)
             return q.fake(value).detach()
         aim = value if seen.cross is None else aimed(value, hessian, seen.cross).to(value.dtype)

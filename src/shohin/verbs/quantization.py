@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from shohin.addresses import match
@@ -12,7 +13,7 @@ from shohin.candidate import Candidate
 from shohin.data import Data
 from shohin.errors import DataError, PlanError
 from shohin.evidence.calibration import range_method
-from shohin.evidence.layers import LayerWeight
+from shohin.evidence.layers import LayerWeight, layer_weights
 from shohin.formats import Scheme, is_scheme
 from shohin.plan import Plan
 from shohin.program import Program, capture, unfold_state
@@ -63,6 +64,10 @@ def quantize(
     goal = get_target(target)
     one_of("rounding", rounding, ROUNDINGS)
     check_count("samples", samples, 1)
+    check_count("seed", seed, 0)
+    for name, given in (("format", format), ("ranges", ranges)):
+        if not isinstance(given, str) and not (isinstance(given, Mapping) and given and all(isinstance(key, str) for key in given)):
+            raise PlanError(f"{name} is a text, or patterns of addresses with a text each, such as {{'*': 'int8'}}; got {given!r}")
     for method in [ranges] if isinstance(ranges, str) else ranges.values():
         range_method(method)
     with seeded(checked(data), seed):
@@ -109,7 +114,31 @@ def _chosen(program: Program, format: str | Mapping[str, str], target: Target) -
             chosen[address] = "float32" if address in why else str(scheme or text)
             left.pop(address, None)
         left |= why
-    return {address: form for address, form in sorted(chosen.items()) if form != "float32"}, left
+    _check_shared(chosen, weights)
+    formats = {address: form for address, form in sorted(chosen.items()) if form != "float32"}
+    if any(map(is_scheme, formats.values())):
+        _check_types(program, formats, weights)
+        left |= layer_weights(program)[1]
+    return formats, left
+
+
+def _check_shared(chosen: Mapping[str, str], weights: Mapping[str, LayerWeight]) -> None:
+    """Raises PlanError if layers that share a weight of few bits are in other formats."""
+    for address, form in chosen.items():
+        if is_scheme(form):
+            for other, weight in weights.items():
+                if weight.name == weights[address].name and chosen.get(other, "float32") != form:
+                    raise PlanError(
+                        f"{address} and {other} share the weight {weight.name!r}, so it cannot be {form!r} for one and "
+                        f"{chosen.get(other, 'float32')!r} for the other: give both one format"
+                    )
+
+
+def _check_types(program: Program, chosen: Mapping[str, str], weights: Mapping[str, LayerWeight]) -> None:
+    for address, form in chosen.items():
+        if address in weights and (kind := program.tensors[weights[address].name].dtype) != torch.float32:
+            name = str(kind).removeprefix("torch.")
+            raise PlanError(f"{address} cannot be {form!r}: its weight is {name}, and the kernels take float32: quantize model.float()")
 
 
 def _misfit(address: str, scheme: Scheme, weights: Mapping[str, LayerWeight], target: Target) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node
 
 from shohin.errors import TargetError
 
@@ -27,6 +28,14 @@ class Outputs(dict[str, Any]):
 
     def __getitem__(self, key: Any) -> Any:
         return list(self.values())[key] if isinstance(key, (int, slice)) else super().__getitem__(key)
+
+
+# its tensors are found where those of any output are
+register_pytree_node(
+    Outputs,
+    lambda value: (list(value.values()), tuple(value)),
+    lambda values, keys: Outputs(zip(keys, values, strict=True)),
+)
 
 
 @dataclass(frozen=True)
