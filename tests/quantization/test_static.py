@@ -213,3 +213,15 @@ def test_activations_that_never_change_stay_what_they_are(value: float) -> None:
     assert all(float(q.scale) > 0 for q in quantized.activations.values())
     found, wanted = quantized.view()(x), ProgramModule(program)(x)
     assert snr(wanted, found) > 15
+
+
+def test_biases_are_corrected_by_the_samples_that_their_means_are_of() -> None:
+    """Batches drift: the first 256 samples have another mean than those that follow."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    calls = [Call((torch.randn(64, 16) + shift,), {}, None, None) for shift in (0.0,) * 4 + (2.0,) * 12]
+    program = capture(model, Call((torch.randn(4, 16),), {}, None, None))
+    found = quantize_program(program, set(quantizable(program)), calls)
+    with torch.no_grad():
+        errors = [float((found.view()(*c.args) - model(*c.args)).norm() / model(*c.args).norm()) for c in calls]
+    assert max(errors) < 0.05

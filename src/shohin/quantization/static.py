@@ -25,6 +25,8 @@ from shohin.quantization.sites import CONVOLUTIONS, Sites, find_sites, quantizab
 
 #: the least scale of each output channel of a weight (a target's rule, for example pair-safe scales), or None
 LeastScale = Callable[[Tensor, int], Tensor]
+#: most samples whose means biases are corrected by: they go through each layer at once
+CORRECTED = 256
 
 
 def quantize_program(
@@ -60,7 +62,8 @@ def quantize_program(
     if unknown:
         raise PlanError(f"{sorted(unknown)[0]!r} is not a convolution or linear layer with a weight of the model")
     methods = _methods(folded.program, sites, ranges)
-    observers, means = _observe(folded.program, sites, calls, methods)
+    leading = _leading(folded.program, calls)
+    observers, means = _observe(folded.program, sites, calls, methods, len(leading))
     activations = _activation_quantizers(sites, observers, methods, activation_format)
     tensors = dict(folded.program.tensors)
     weights = {}
@@ -74,7 +77,7 @@ def quantize_program(
                 tensors[name] = weights[name].fake(tensors[name].detach()).detach()
     program = replace(folded.program, tensors=tensors)
     if correct_bias:
-        program = replace(program, tensors=_corrected(program, sites, activations, calls, means))
+        program = replace(program, tensors=_corrected(program, sites, activations, leading, means))
     return Quantized(Folded(program, folded.folded), activations, weights, sites)
 
 
@@ -100,30 +103,43 @@ def _methods(program: Program, sites: Sites, ranges: Ranges) -> dict[str, Method
 
 
 def _observe(
-    program: Program, sites: Sites, calls: Iterable[Call], methods: Mapping[str, Method]
+    program: Program, sites: Sites, calls: Iterable[Call], methods: Mapping[str, Method], counted: int
 ) -> tuple[dict[str, Observer], dict[str, tuple[Tensor, int]]]:
-    """What watched the sites that have their own grid, and channel sums of every integer layer's output."""
+    """What watched the sites that have their own grid, and channel sums of every integer layer's output over the first ``counted`` calls."""
     observers = {name: method.observer(address_of(program, name)) for name, method in methods.items()}
     means: dict[str, tuple[Tensor, int]] = {}
+    sums = True
 
     def visit(node: fx.Node, value: Any, args: tuple[Any, ...]) -> Any:
         if node.name in observers:
             observe(observers[node.name], value)
         origin = program.origins[node.name]
-        if origin.address in sites.layers:
+        if sums and origin.address in sites.layers:
             total, count = _channel_sums(value, node)
             before = means.get(node.name)
             means[node.name] = (total, count) if before is None else (before[0] + total, before[1] + count)
         return value
 
     with torch.no_grad():
-        for call in calls:
+        for number, call in enumerate(calls):
+            sums = number < counted
             inputs = call_inputs(program, call)
             for name, x in zip(program.inputs, inputs, strict=True):
                 if name in observers:
                     observe(observers[name], x)
             interpret(program, program.graph, program.tensors, inputs, visit)
     return observers, means
+
+
+def _leading(program: Program, calls: Sequence[Call]) -> list[Call]:
+    """The first calls, of at most `CORRECTED` samples together, at least one."""
+    found, seen = [calls[0]], calls[0].size
+    for call in calls[1:] if not program.fixed else ():
+        seen += call.size
+        if seen > CORRECTED:
+            break
+        found.append(call)
+    return found
 
 
 def _channel_sums(value: Tensor, node: fx.Node) -> tuple[Tensor, int]:
@@ -178,9 +194,9 @@ def _error(flat: Tensor, scale: Tensor, high: int) -> Tensor:
 def _corrected(
     program: Program, sites: Sites, activations: Mapping[str, Quantizer], calls: Sequence[Call], means: Mapping[str, tuple[Tensor, int]]
 ) -> dict[str, Tensor]:
-    """Tensors with corrected biases. All calibration batches go through each layer before the next is corrected."""
+    """Tensors with corrected biases. All these calls go through each layer before the next is corrected; the means are theirs, too."""
     tensors = dict(program.tensors)
-    joined = joined_inputs(program, calls, 256)
+    joined = joined_inputs(program, calls, sum(call.size for call in calls))
     grids = {name: (float(q.scale.float()), int(q.zero_point), q.format.low, q.format.high) for name, q in activations.items()}
 
     def visit(node: fx.Node, value: Any, args: tuple[Any, ...]) -> Any:

@@ -52,8 +52,9 @@ def quantize_weights(
     Args:
         calls: calibration batches, without labels. May be empty for "nearest" and "hqq".
         schemes: layer address -> how its weight is held.
-        rounding: one of `ROUNDINGS`; with batches each of them also moves biases by what rounding moved on the samples. "gptq" rounds the columns in the order of their importance and moves each one's error to the rest;
-            "descent" goes on from there: scales by least squares for the codes, then codes one by one beside all others, in turn.
+        rounding: one of `ROUNDINGS`; with batches each of them also moves biases by what rounding moved on the samples. "gptq" rounds the
+            columns in the order of their importance and moves each one's error to the rest; "descent" goes on from there: scales by
+            least squares for the codes, then codes one by one beside all others, in turn.
             A layer with fewer rows than inputs is rounded to the nearest: of so few, correlations are chance.
         follow: aim each layer at what the original gave, so that later layers correct what earlier ones left.
         samples, rows, damp, seed: see `shohin.pruning.sparse.sparsify`.
