@@ -15,8 +15,9 @@ from shohin.data import Call, Data
 from shohin.errors import DataError, PlanError
 from shohin.pipeline.ship import lower_quantized
 from shohin.program import Program, ProgramModule, capture, family, fold
+from shohin.program.fold import CONVOLUTIONS
 from shohin.quantization import Quantized, find_sites, quantizable, quantize_program, weight_quantizer
-from shohin.quantization.sites import CONVOLUTIONS, MOVES, activated, base
+from shohin.quantization.sites import MOVES, activated, base
 from shohin.targets import get_target
 from shohin.targets.onnxruntime.pair_safe import may_saturate, pair_safe_scale
 

@@ -9,9 +9,8 @@ from torch import fx
 
 from shohin.evidence.rows import Window
 from shohin.program import Program, family
+from shohin.program.fold import CONVOLUTIONS
 from shohin.program.nodes import argument
-
-CONVOLUTIONS = frozenset(("conv1d", "conv2d", "conv3d"))
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from torch import Tensor, fx
 
 from shohin.errors import DataError
 from shohin.evidence.layer_rows import channel_axis, output_rows
-from shohin.evidence.layers import CONVOLUTIONS
 from shohin.program import Program, family, interpret
+from shohin.program.fold import CONVOLUTIONS
 from shohin.program.nodes import argument
 
 

@@ -14,8 +14,8 @@ from typing import Any
 from torch import fx
 
 from shohin.program import Program, family
+from shohin.program.fold import CONVOLUTIONS
 
-CONVOLUTIONS = frozenset(("conv1d", "conv2d", "conv3d"))
 LAYERS = CONVOLUTIONS | {"linear"}
 FUSED = {"relu": (0.0, None), "relu6": (0.0, 6.0), "hardtanh": (None, None), "clamp": (None, None), "clamp_min": (None, None)}
 MOVES = frozenset(

@@ -19,9 +19,10 @@ from shohin.evidence.calibration import Method, Observer, Ranges, chosen_range, 
 from shohin.evidence.ranges import grid
 from shohin.formats import Quantizer, named_format
 from shohin.program import Folded, Program, call_inputs, family, fold, interpret, joined_inputs
+from shohin.program.fold import CONVOLUTIONS
 from shohin.program.nodes import argument
 from shohin.quantization.quantized import Quantized, address_of
-from shohin.quantization.sites import CONVOLUTIONS, Sites, find_sites, quantizable
+from shohin.quantization.sites import Sites, find_sites, quantizable
 
 #: the least scale of each output channel of a weight (a target's rule, for example pair-safe scales), or None
 LeastScale = Callable[[Tensor, int], Tensor]

@@ -120,5 +120,4 @@ def _chosen(program: Program, schemes: Mapping[str, Scheme]) -> dict[str, tuple[
         weight = known[address]
         if found.setdefault(weight.name, (weight, scheme))[1] != scheme:
             raise PlanError(f"{address!r} shares the weight {weight.name!r} with a layer that is asked for {str(found[weight.name][1])!r}")
-    order = {w.name: i for i, w in enumerate(layer_weights(program)[0])}
-    return {name: found[name] for name in sorted(found, key=order.__getitem__)}
+    return {w.name: found[w.name] for w in known.values() if w.name in found}  # in the program's order
