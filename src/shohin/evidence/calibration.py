@@ -146,11 +146,17 @@ def observe(observer: Observer, value: Tensor, most: int = 1 << 17) -> None:
     Raises:
         DataError: if a value is NaN or Inf.
     """
-    flat = value.detach().reshape(-1)
+    flat = _flat(value.detach())
     if isinstance(observer, Histogram) and len(flat) > most:
         observer.update(torch.stack(torch.aminmax(flat)))
         flat = flat[:: len(flat) // most | 1]  # an odd stride does not fall in step with even widths
     observer.update(flat)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """All values, without a copy where channels come last in memory: their order does not matter here."""
+    last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return (x.permute(0, 2, 3, 1) if last else x).reshape(-1)
 
 
 def chosen_range(observer: Observer, format: Format, method: str | Method) -> Range:

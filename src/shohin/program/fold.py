@@ -132,10 +132,11 @@ def unfold_state(folded: Folded, state: Mapping[str, Tensor], original: Mapping[
     for name, tensor in state.items():
         if name in out and name not in folded.folded:
             out[name] = tensor.detach().clone()
+    biases = _biases(folded.program)
     for weight_name, (vectors, eps) in folded.folded.items():
         gamma, beta, mean, variance = vectors
         out[weight_name] = state[weight_name].detach().clone()
-        bias_name = next(n for n in state if n in (weight_name.removesuffix("weight") + "bias", _folded_bias(folded, weight_name)))
+        bias_name = biases[weight_name]
         bias = state[bias_name].detach()
         if mean is None or variance is None:
             continue
@@ -152,14 +153,12 @@ def unfold_state(folded: Folded, state: Mapping[str, Tensor], original: Mapping[
     return out
 
 
-def _folded_bias(folded: Folded, weight_name: str) -> str:
-    for node in folded.program.graph.nodes:
-        if (
-            node.op == "call_function"
-            and len(node.args) > 2
-            and isinstance(node.args[1], fx.Node)
-            and isinstance(node.args[2], fx.Node)
-            and folded.program.names.get(node.args[1].name) == weight_name
-        ):
-            return folded.program.names[node.args[2].name]
-    return ""
+def _biases(program: Program) -> dict[str, str]:
+    """Weight name -> bias name, of every convolution and linear layer that has both."""
+    return {
+        program.names[weight.name]: program.names[bias.name]
+        for node in program.graph.nodes
+        if node.op == "call_function" and family(node) in CONVOLUTIONS | {"linear"} and len(node.args) > 2
+        for weight, bias in [node.args[1:3]]
+        if isinstance(weight, fx.Node) and isinstance(bias, fx.Node) and {weight.name, bias.name} <= program.names.keys()
+    }

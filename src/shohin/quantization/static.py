@@ -6,6 +6,7 @@ bias absorbs the mean shift that its snapped weights and already snapped inputs 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,13 +22,15 @@ from shohin.formats import Quantizer, named_format
 from shohin.program import Folded, Program, call_inputs, family, fold, interpret, joined_inputs
 from shohin.program.fold import CONVOLUTIONS
 from shohin.program.nodes import argument
+from shohin.program.program import shape_of
 from shohin.quantization.quantized import Quantized, address_of
 from shohin.quantization.sites import Sites, find_sites, quantizable
 
 #: the least scale of each output channel of a weight (a target's rule, for example pair-safe scales), or None
 LeastScale = Callable[[Tensor, int], Tensor]
-#: most samples whose means biases are corrected by: they go through each layer at once
-CORRECTED = 256
+#: most samples whose means biases are corrected by, since they go through each layer at once; fewer where an activation is large, so that
+#: none has more numbers than this, but never fewer than these
+CORRECTED, NUMBERS, LEAST = 256, 2**24, 16
 
 
 def quantize_program(
@@ -121,6 +124,7 @@ def _observe(
             means[node.name] = (total, count) if before is None else (before[0] + total, before[1] + count)
         return value
 
+    tensors = _channels_last(program)
     with torch.no_grad():
         for number, call in enumerate(calls):
             sums = number < counted
@@ -128,25 +132,49 @@ def _observe(
             for name, x in zip(program.inputs, inputs, strict=True):
                 if name in observers:
                     observe(observers[name], x)
-            interpret(program, program.graph, program.tensors, inputs, visit)
+            interpret(program, program.graph, tensors, inputs, visit)
     return observers, means
 
 
 def _leading(program: Program, calls: Sequence[Call]) -> list[Call]:
-    """The first calls, of at most `CORRECTED` samples together, at least one."""
+    """The first calls whose samples go through each layer at once, at least one."""
+    tensors = [n for n in program.graph.nodes if n.op == "call_function" and isinstance(n.meta.get("val"), Tensor)]
+    largest = max((math.prod(shape_of(node)) // program.batch for node in tensors), default=1)
+    most = min(CORRECTED, max(NUMBERS // max(largest, 1), LEAST))
     found, seen = [calls[0]], calls[0].size
     for call in calls[1:] if not program.fixed else ():
         seen += call.size
-        if seen > CORRECTED:
+        if seen > most:
             break
         found.append(call)
     return found
 
 
 def _channel_sums(value: Tensor, node: fx.Node) -> tuple[Tensor, int]:
-    axis = 1 if str(node.target).startswith("aten.conv") else value.dim() - 1
-    others = [d for d in range(value.dim()) if d != axis]
-    return value.sum(others, dtype=torch.float64), value.numel() // value.shape[axis]
+    """The sum of each channel: within a sample in the tensor's own precision, which is far faster, over samples in float64."""
+    axis = _channel_axis(node, value)
+    inner = [d for d in range(1, value.dim()) if d != axis]
+    sums = value.sum(inner) if inner else value
+    return (sums.double() if axis == 0 else sums.double().sum(0)), value.numel() // value.shape[axis]
+
+
+def _channel_axis(node: fx.Node, value: Tensor) -> int:
+    return 1 if family(node) in CONVOLUTIONS else value.dim() - 1
+
+
+def _channels_last(program: Program) -> dict[str, Tensor]:
+    """The program's tensors, with weights of two-dimensional convolutions in the layout in which they and what follows run fastest."""
+    tensors = dict(program.tensors)
+    for node in program.graph.nodes:
+        if (
+            node.op == "call_function"
+            and family(node) == "conv2d"
+            and isinstance(node.args[1], fx.Node)
+            and node.args[1].name in program.names
+        ):
+            name = program.names[node.args[1].name]
+            tensors[name] = tensors[name].detach().to(memory_format=torch.channels_last)
+    return tensors
 
 
 def _activation_quantizers(
@@ -197,6 +225,7 @@ def _corrected(
 ) -> dict[str, Tensor]:
     """Tensors with corrected biases. All these calls go through each layer before the next is corrected; the means are theirs, too."""
     tensors = dict(program.tensors)
+    running = _channels_last(program)
     joined = joined_inputs(program, calls, sum(call.size for call in calls))
     grids = {name: (float(q.scale.float()), int(q.zero_point), q.format.low, q.format.high) for name, q in activations.items()}
 
@@ -207,16 +236,16 @@ def _corrected(
             name = program.names[node.args[2].name]
             tensors[name] = (tensors[name].detach().double() + shift).to(tensors[name].dtype)
             shape = [1] * value.dim()
-            shape[1 if str(node.target).startswith("aten.conv") else -1] = -1
-            value = value + shift.to(value.dtype).reshape(shape)
+            shape[_channel_axis(node, value)] = -1
+            value.add_(shift.to(value.dtype).reshape(shape))
         return _snapped(value, grids[node.name]) if node.name in grids else value
 
     with torch.no_grad():
         inputs = [_snapped(x, grids[name]) if name in grids else x for name, x in zip(program.inputs, joined, strict=True)]
-        interpret(program, program.graph, program.tensors, tuple(inputs), visit)
+        interpret(program, program.graph, running, tuple(inputs), visit)
     return tensors
 
 
 def _snapped(x: Tensor, g: tuple[float, int, int, int]) -> Tensor:
-    scale, zero, low, high = g
-    return (x / scale).round_().add_(zero).clamp_(low, high).sub_(zero).mul_(scale)
+    """On the grid in one pass over memory: where a value lies halfway between codes, it may be the other one than `simulate` takes."""
+    return torch.fake_quantize_per_tensor_affine(x, *g)
