@@ -1,4 +1,4 @@
-"""MiniLM as a program and as an ONNX file, with a free batch and a free length, for the peers that quantize these."""
+"""A network as the ONNX file that its peers start from, by torch's own exporter; MiniLM as a program with a free batch and length."""
 
 from __future__ import annotations
 
@@ -22,14 +22,24 @@ def captured(model: nn.Module) -> torch.export.ExportedProgram:
     return torch.export.export(model, (), example, dynamic_shapes=free)
 
 
-def exported(model: nn.Module, path: Path) -> Path:
-    """The float file, by torch's own exporter."""
+def _saved(program: torch.export.ExportedProgram, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program: Any = torch.onnx.export(captured(model), (), dynamo=True, opset_version=20, verbose=False)
-    program.save(str(path))
+        made: Any = torch.onnx.export(program, (), dynamo=True, opset_version=20, verbose=False)
+    made.save(str(path))
     return path
+
+
+def exported(model: nn.Module, path: Path) -> Path:
+    """The float file of MiniLM."""
+    return _saved(captured(model), path)
+
+
+def onnx_file(model: nn.Module, batch: Mapping[str, torch.Tensor], path: Path) -> Path:
+    """The float file of a network, the batch free; ``batch`` holds its arguments by name."""
+    free = {name: {0: torch.export.Dim.DYNAMIC} for name in batch}
+    return _saved(torch.export.export(model, (), dict(batch), dynamic_shapes=free), path)
 
 
 class Vectors(nn.Module):

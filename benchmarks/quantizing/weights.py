@@ -1,4 +1,4 @@
-"""MiniLM with 4-bit weights in groups of 32, by Shohin and its peers: ``python benchmarks/quantization.py``.
+"""MiniLM with 4-bit weights in groups of 32, by Shohin and its peers: ``python benchmarks/quantization.py weights``.
 
 All quantize the same 36 linear layers (embeddings stay float) and see the same texts, without labels. How far the embeddings of held-out
 texts move is the figure; WordSim-353 and the Lee news texts are looked at for the record alone.
@@ -159,16 +159,16 @@ def table(whole: Record, records: Sequence[Record]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def main(arguments: list[str]) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="quantization", description=__doc__)
+    parser = argparse.ArgumentParser(prog="quantization weights", description=__doc__)
     parser.add_argument("--rows", nargs="+", default=None, help="names, or beginnings of names; all others stay as they were")
     parser.add_argument("--show", action="store_true", help="only what is known already")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     held_records = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {"whole": {}, "records": []}
     if given.show:
         print(table(held_records["whole"], held_records["records"]))
-        return
+        return 0
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     teacher, (_, held), data = load_teacher(), texts(), calibration(TEXTS)
@@ -192,3 +192,4 @@ def main() -> None:
             write_atomic(RESULTS, (json.dumps({"whole": whole, "verdict": verdict(ordered), "records": ordered}, indent=1) + "\n").encode())
             write_atomic(TABLE, table(whole, ordered).encode())
     print(TABLE.read_text("utf-8"))
+    return 0

@@ -1,0 +1,192 @@
+"""int8 without training, by Shohin and its peers: ``python benchmarks/quantization.py int8 [--model NAME] [--method NAME] [--again] [--show]``.
+
+Every method starts from the same network and sees the same samples without labels. Each runs in a process of its own, after it has
+quantized a tiny network, so that imports count neither as time nor as memory: processor seconds from the network in its framework (a
+file for those that start from one) to its integer form, and by how much the peak of memory rose meanwhile. The answers of the file, in
+the runtime that it was made for, are judged against the float network. Files for ONNX Runtime are timed together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import shohin
+from fashion_mnist import CACHE
+from quantizing.onnx_text import onnx_file
+from quantizing.tasks import TASKS, Task, answers, packed
+from records import HERE, Book, Record, interpreter, process
+
+FOLDER = CACHE / "int8"
+OURS = "shohin"
+ONNX_RUNTIME = tuple(
+    f"onnxruntime: {kind}, {ranges}" for kind in ("u8s8 7-bit", "u8s8", "u8u8") for ranges in ("minmax", "percentile 99.99")
+)
+DYNAMIC = "onnxruntime: dynamic"
+NNCF = ("nncf: openvino", "nncf: openvino, overflow fix", "nncf: openvino, accurate bias", "nncf: onnx")
+#: of the float latency, of the best peer's, in agreement, in points of accuracy, in rank correlation, in seconds and memory of NNCF
+DEMANDED = {"faster": 1.0, "peer": 1.05, "agree": 0.97, "accuracy": 0.3, "drop": 0.005, "cost": 0.5}
+
+
+def methods(task: str) -> tuple[str, ...]:
+    """Those that apply to a network."""
+    return (OURS, *ONNX_RUNTIME, *((DYNAMIC,) if task == "minilm" else ()), *NNCF)
+
+
+def prepared(task: Task) -> Path:
+    """The folder of a network with what its peers start from: the float file, samples to learn from, samples to answer."""
+    folder = FOLDER / task.name
+    if not (folder / "asked.npz").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        learned, asked = task.learned(), task.asked()
+        onnx_file(task.model(), learned[0], folder / "float.onnx")
+        np.save(folder / "float.npy", answers(task.model(), asked))
+        np.savez(folder / "learned.npz", **packed(learned))
+        np.savez(folder / "asked.npz", **packed(asked))
+    return folder
+
+
+def attempt(task: Task, method: str) -> Record | str:
+    """The record of one run."""
+    folder = prepared(task)
+    path = folder / f"{method.replace(': ', '-').replace(', ', '-').replace(' ', '-')}.onnx"
+    if method.startswith("nncf"):
+        script = Path(__file__).with_name("nncf_int8.py")
+        done = subprocess.run(
+            [interpreter("nncf"), str(script), str(folder), method, "transformer" if task.transformer else "", str(path)],
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            return done.stderr.strip()[-500:]
+        record: Record = json.loads(done.stdout.strip().splitlines()[-1])
+        found = np.load(path.with_suffix(".npy"))
+    else:
+        said = process("quantizing.int8_trial", [task.name, method, path], None, "benchmark-quantization")
+        if isinstance(said, str):
+            return said
+        record = said
+        found = answers(shohin.Target("onnxruntime").runner(path), task.asked())
+    record |= {"model": task.name, "method": method, "bytes": record.get("bytes", path.stat().st_size if path.exists() else 0)}
+    return record | {"judged": task.judge(found.astype(np.float64), np.load(folder / "float.npy"))}
+
+
+def latencies(task: Task, names: list[str]) -> dict[str, dict[str, float]]:
+    """Of the files for ONNX Runtime, as ratios to the float file's: median, least and most of five processes, in turns."""
+    folder = prepared(task)
+    files = {name: folder / f"{name.replace(': ', '-').replace(', ', '-').replace(' ', '-')}.onnx" for name in names}
+    files = {"float": folder / "float.onnx", **{name: path for name, path in files.items() if path.exists()}}
+    example = {name: t[:1] for name, t in task.learned()[0].items()}
+    found = shohin.Target("onnxruntime").compare(files, (), kwargs=example, reference="float")
+    return {name: {"ratio": r.ratio, "low": r.low, "high": r.high, "ms": r.timing.value} for name, r in found.items()}
+
+
+def key(record: Record) -> tuple[str, str]:
+    """What a record is of."""
+    return record["model"], record["method"]
+
+
+def verdicts(records: list[Record], whole: dict[str, Any]) -> dict[str, Any]:
+    """What the project demands of itself, network by network."""
+    found: dict[str, Any] = {}
+    for model in dict.fromkeys(r["model"] for r in records):
+        rows = {r["method"]: r for r in records if r["model"] == model}
+        times, mine = whole.get(model, {}), rows.get(OURS)
+        peers = {name: r for name, r in rows.items() if name != OURS}
+        if mine is None or not peers:
+            continue
+        best = max(peers, key=lambda name: float(peers[name]["judged"]["snr"]))
+        said: dict[str, Any] = {"snr": [mine["judged"]["snr"], best, peers[best]["judged"]["snr"]]}
+        said["snr_met"] = mine["judged"]["snr"] > peers[best]["judged"]["snr"]
+        if OURS in times:
+            fast = min((n for n in times if n not in (OURS, "float")), key=lambda n: float(times[n]["ratio"]), default=None)
+            said["float_ratio"] = times[OURS]["ratio"]
+            said["faster_met"] = times[OURS]["ratio"] <= DEMANDED["faster"]
+            if fast:
+                said["peer_ratio"] = [times[OURS]["ratio"] / times[fast]["ratio"], fast]
+                said["peer_met"] = said["peer_ratio"][0] <= DEMANDED["peer"]
+        if (nncf := rows.get(NNCF[0])) is not None:
+            said["seconds"] = mine["seconds"] / nncf["seconds"]
+            said["memory"] = mine["megabytes"] / max(nncf["megabytes"], 1e-9)
+        found[model] = said
+    return found
+
+
+def table(records: list[Record], whole: dict[str, Any]) -> str:
+    """Markdown: a table for each network, the most faithful first, and what is demanded."""
+    found = verdicts(records, whole)
+    lines = []
+    for model in dict.fromkeys(r["model"] for r in records):
+        rows = [r for r in records if r["model"] == model]
+        names = [name for name in rows[0]["judged"] if name not in ("snr",)]
+        lines += [
+            f"## {model}",
+            "",
+            f"| method | dB | {' | '.join(names)} | latency / float | bytes | processor seconds | more memory |",
+            "|" + "---|" * (len(names) + 6),
+        ]
+        for r in sorted(rows, key=lambda r: -float(r["judged"]["snr"])):
+            time = whole.get(model, {}).get(r["method"])
+            ratio = f"{time['ratio']:.3f}" if time else ""
+            values = " | ".join(f"{r['judged'][name]:.4f}" for name in names)
+            cost = f"{r['bytes'] / 1e6:.2f} MB | {r['seconds']:.1f} | {r['megabytes']:.0f} MB"
+            lines.append(f"| {r['method']} | {r['judged']['snr']:.2f} | {values} | {ratio} | {cost} |")
+        lines.append("")
+        if said := found.get(model):
+            mine, best, theirs = said["snr"]
+            lines.append(f"- fidelity: {mine:.2f} dB, best peer {best} {theirs:.2f} dB: {'met' if said['snr_met'] else 'not met'}")
+            if "float_ratio" in said:
+                lines.append(f"- latency: {said['float_ratio']:.3f} of float: {'met' if said['faster_met'] else 'not met'}")
+            if "peer_ratio" in said:
+                ratio, peer = said["peer_ratio"]
+                lines.append(f"- latency: {ratio:.3f} of the fastest peer's ({peer}): {'met' if said['peer_met'] else 'not met'}")
+            if "seconds" in said:
+                lines.append(f"- cost: {said['seconds']:.2f} of NNCF's seconds, {said['memory']:.2f} of its memory (0.5 demanded)")
+            lines.append("")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="quantization int8", description=__doc__)
+    parser.add_argument("--model", action="append", default=[], help="only this (several may be given)")
+    parser.add_argument("--method", action="append", default=[], help="only this, or those that begin so (several may be given)")
+    parser.add_argument("--again", action="store_true", help="also what is done already")
+    parser.add_argument("--times", action="store_true", help="time the files again, nothing else")
+    parser.add_argument("--show", action="store_true", help="only what is known already")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    book = Book(HERE / "quantization_int8.json", HERE / "quantization_int8.md", key, "latencies", verdicts, table)
+    if given.show:
+        book.show()
+        return 0
+    failed = False
+    for name in given.model or TASKS:
+        task = TASKS[name]()
+        _, records = book.read()
+        for method in methods(name) if not given.times else ():
+            if given.method and not any(method.startswith(m) for m in given.method):
+                continue
+            if (name, method) in records and not given.again:
+                continue
+            record = attempt(task, method)
+            if isinstance(record, str):
+                failed = True
+                print(name, method, "failed:", record, flush=True)
+                continue
+            print(name, method, json.dumps(record["judged"]), f"{record['seconds']:.1f} s", flush=True)
+            book.add(record)
+        book.add(whole={name: latencies(task, list(methods(name)))})
+    book.show()
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
