@@ -24,13 +24,15 @@ from shohin.program.fold import CONVOLUTIONS
 from shohin.program.nodes import argument
 from shohin.program.program import shape_of
 from shohin.quantization.quantized import Quantized, address_of
-from shohin.quantization.sites import Sites, find_sites, quantizable
+from shohin.quantization.sites import Sites, base, find_sites, quantizable
 
 #: the least scale of each output channel of a weight (a target's rule, for example pair-safe scales), or None
 LeastScale = Callable[[Tensor, int], Tensor]
 #: most samples whose means biases are corrected by, since they go through each layer at once; fewer where an activation is large, so that
 #: none has more numbers than this, but never fewer than these
 CORRECTED, NUMBERS, LEAST = 256, 2**24, 16
+#: most steps of a bias: sums of 32 bits must not overflow
+BIAS_LIMIT = 2**30
 
 
 def quantize_program(
@@ -82,6 +84,7 @@ def quantize_program(
     program = replace(folded.program, tensors=tensors)
     if correct_bias:
         program = replace(program, tensors=_corrected(program, sites, activations, leading, means))
+    program = replace(program, tensors=_with_integer_biases(program, sites, activations, weights))
     return Quantized(Folded(program, folded.folded), activations, weights, sites)
 
 
@@ -243,6 +246,31 @@ def _corrected(
     with torch.no_grad():
         inputs = [_snapped(x, grids[name]) if name in grids else x for name, x in zip(program.inputs, joined, strict=True)]
         interpret(program, program.graph, running, tuple(inputs), visit)
+    return tensors
+
+
+def _with_integer_biases(
+    program: Program, sites: Sites, activations: Mapping[str, Quantizer], weights: Mapping[str, Quantizer]
+) -> dict[str, Tensor]:
+    """Tensors with the biases of integer layers on the grid of their sums, input scale times weight scale, as files hold them.
+
+    A bias that several layers read, or that needs more than `BIAS_LIMIT` steps, stays as it is.
+    """
+    tensors = dict(program.tensors)
+    for node in program.graph.nodes:
+        if node.op != "call_function" or program.origins[node.name].address not in sites.layers or len(node.args) < 3:
+            continue
+        source, _, bias = node.args[:3]
+        if not isinstance(bias, fx.Node) or bias.name not in program.names or len(bias.users) > 1 or not isinstance(source, fx.Node):
+            continue
+        data = activations.get(base(source).name)
+        if data is None:
+            continue
+        name = program.names[bias.name]
+        step = (data.scale.float() * weights[sites.layers[program.origins[node.name].address]].scale.float()).double()
+        codes = (tensors[name].detach().double() / step).round()
+        if bool((codes.abs() <= BIAS_LIMIT).all()):
+            tensors[name] = (codes * step).to(tensors[name].dtype)
     return tensors
 
 
