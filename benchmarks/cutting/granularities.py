@@ -257,7 +257,7 @@ def width_rows(folder: Path, widths: Sequence[int] = WIDTHS, rounds: int = 120) 
 
 def _interleaved(files: Mapping[int, tuple[Path, Tensor]], rounds: int) -> dict[int, float]:
     """Microseconds of one operation by width: files of other input shapes cannot be timed by one call of `measure`, so turns are taken."""
-    from shohin.targets.onnxruntime import timing
+    from shohin.targets import timing
 
     runs = []
     for path, x in files.values():

@@ -105,7 +105,7 @@ def main() -> int:
     if any(e.name.startswith("transformers/") for e in chosen):
         torchvision_models()
         importlib.import_module("transformers")
-    for name in ("torch.onnx", "onnxruntime", "onnxscript", "shohin.targets.onnxruntime.lower"):
+    for name in ("torch.onnx", "onnxruntime", "onnxscript", "shohin.targets.onnx.lower"):
         importlib.import_module(name)  # once, before every fork
     version, done = source_hash(), latest()
     for entry in chosen:

@@ -26,6 +26,7 @@ from shohin.plan import Plan
 from shohin.program import capture
 from shohin.surgery import Cut, confirm, cut
 from shohin.surgery.oracle import lively, oracle, unspoken
+from shohin.targets import Target
 from sweep.entry import Entry
 from sweep.numbers import TOLERANCE, Exact, Wrong, against, casts, difference, doubled, embedding_tables, outputs_of, single
 from sweep.parts import check_parts
@@ -172,16 +173,14 @@ def _single(entry: Entry, result: Cut, plan: Plan) -> nn.Module:
 
 def _onnx(entry: Entry, model: nn.Module) -> str:
     """ "ok", "wrong: ..." or why there is no file."""
-    from shohin.targets.onnxruntime.lower import lower
-    from shohin.targets.onnxruntime.session import Runner
-
+    target = Target("onnxruntime")
     model.eval()
     args, kwargs = single(entry.arguments(2, 5))
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = Path(folder) / "cut.onnx"
         try:
-            lower(model, args, path, kwargs=kwargs)
-            runner = Runner(path)
+            target.lower(model, args, path, kwargs=kwargs)
+            runner = target.runner(path)
         except Exception as error:
             return f"no file: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         error, where = difference(outputs_of(runner(*args, **kwargs)), outputs_of(model(*args, **kwargs)), "output")

@@ -10,7 +10,7 @@ from torch import nn
 
 import shohin
 from cutting.granularities import CHAIN, HERE, granularity_table, operation, page, pruned, width_rows, width_table
-from shohin.targets.onnxruntime import timing
+from shohin.targets import timing
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])

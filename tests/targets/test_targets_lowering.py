@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shohin.errors import TargetError
-from shohin.targets import get_target
+from shohin.targets import Target, get_target
 from shohin.targets.onnxruntime.inspect import check, counts
 from shohin.targets.onnxruntime.session import Runner
 from shohin.targets.parity import boundaries, parity
@@ -42,7 +42,7 @@ def test_float_file_equals_torch(case: str, captured: bool, tmp_path: Path) -> N
         given = torch.export.export(module, (example.repeat(2, *[1] * len(shape)),), dynamic_shapes=batch).module()
     lowered = get_target("onnxruntime").lower(given, (example,), tmp_path / "m.onnx")
     inputs = [(torch.randn(size, *shape, generator=generator),) for size in (1, 2, 5)]
-    for found in boundaries(module, lowered.path, inputs, 1e-5).values():
+    for found in boundaries(module, lowered.path, Target("onnxruntime"), inputs, 1e-5).values():
         assert found["passes"], found
         assert found["argmax_agree"] == found["argmax_total"] == 8
     weights = {f"{n}.weight" for n, m in module.named_modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Linear))}

@@ -12,9 +12,8 @@ import torch
 
 from shohin.candidate import Measurement
 from shohin.errors import TargetError
-from shohin.targets import get_target
-from shohin.targets.onnxruntime import timing
-from shohin.targets.onnxruntime.measure import measure, measure_in_processes, peak_memory, resized
+from shohin.targets import get_target, timing
+from shohin.targets.measure import measure, measure_in_processes, peak_memory, resized
 
 torch.set_num_threads(1)
 X = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
@@ -30,7 +29,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_more_work_takes_longer_and_runs_repeat(files: dict[str, Path]) -> None:
-    first, second = (measure(files, (X,), batch=1, seed=seed) for seed in (0, 1))
+    first, second = (measure("onnxruntime", files, (X,), batch=1, seed=seed) for seed in (0, 1))
     ratio = first["large"].value / first["small"].value  # the convolutions do 9x the work, other nodes less
     assert 2.5 < ratio < 12
     for name in files:
@@ -43,7 +42,7 @@ def test_more_work_takes_longer_and_runs_repeat(files: dict[str, Path]) -> None:
 
 
 def test_the_same_file_twice_is_equally_fast(files: dict[str, Path]) -> None:
-    found = measure({"a": files["small"], "b": files["small"]}, (X,))
+    found = measure("onnxruntime", {"a": files["small"], "b": files["small"]}, (X,))
     assert found["a"].value == pytest.approx(found["b"].value, rel=0.1)
 
 
@@ -51,21 +50,21 @@ def test_batch_and_threads_are_conditions(files: dict[str, Path]) -> None:
     target = get_target("onnxruntime", batch=4)
     four, one = target.measure(files, (X,), rounds=100), get_target("onnxruntime").measure(files, (X,), rounds=100)
     assert four["large"].value > 2 * one["large"].value and four["large"].conditions["inputs"] == [[4, 3, 24, 24]]
-    wall = measure({"small": files["small"]}, (X,), threads=2, rounds=20)["small"]
+    wall = measure("onnxruntime", {"small": files["small"]}, (X,), threads=2, rounds=20)["small"]
     assert wall.conditions["clock"].startswith("wall time") and "wall time" in wall.how
 
 
 def test_processes_give_ratios(files: dict[str, Path]) -> None:
-    found = measure_in_processes(files, (X,), processes=3, rounds=100, batch=1, reference="small")
+    found = measure_in_processes("onnxruntime", files, (X,), processes=3, rounds=100, batch=1, reference="small")
     assert found["small"].ratio == found["small"].low == found["small"].high == 1.0
     large = found["large"]
     assert large.low <= large.ratio <= large.high and 2.5 < large.ratio < 12
     assert large.timing.conditions["processes"] == 3
-    here = measure(files, (X,), batch=1)
+    here = measure("onnxruntime", files, (X,), batch=1)
     assert large.timing.value == pytest.approx(here["large"].value, rel=0.3)
     json.dumps(large.to_json())
     with pytest.raises(TargetError, match="reference 'none'"):
-        measure_in_processes(files, (X,), reference="none")
+        measure_in_processes("onnxruntime", files, (X,), reference="none")
 
 
 def test_memory_repeats_and_grows(tmp_path: Path) -> None:
@@ -73,8 +72,8 @@ def test_memory_repeats_and_grows(tmp_path: Path) -> None:
     for name, width in (("small", 64), ("large", 1024)):
         module = nets.randomize(torch.nn.Sequential(torch.nn.Linear(64, width), torch.nn.ReLU(), torch.nn.Linear(width, width)), 0)
         files[name] = get_target("onnxruntime").lower(module, (torch.randn(2, 64),), tmp_path / f"{name}.onnx").path
-    first, second = (peak_memory(files["large"], (torch.randn(2, 64),)) for _ in range(2))
-    small = peak_memory(files["small"], (torch.randn(2, 64),))
+    first, second = (peak_memory("onnxruntime", files["large"], (torch.randn(2, 64),)) for _ in range(2))
+    small = peak_memory("onnxruntime", files["small"], (torch.randn(2, 64),))
     assert first.value == pytest.approx(second.value, rel=0.1) and first.spread is not None and first.spread < 0.2
     assert first.value > 4 * 1024 * 1024 > small.value > 0  # at least its 4 MiB of weights
 
@@ -103,8 +102,8 @@ def test_example_is_cut_and_repeated() -> None:
 
 def test_unusable_files_are_reported(files: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(TargetError, match="no file was given"):
-        measure({}, (X,))
+        measure("onnxruntime", {}, (X,))
     with pytest.raises(TargetError, match="there is no file"):
-        measure({"a": tmp_path / "a.onnx"}, (X,))
+        measure("onnxruntime", {"a": tmp_path / "a.onnx"}, (X,))
     with pytest.raises(TargetError, match="needs the arguments x"):
-        measure(files, ())
+        measure("onnxruntime", files, ())

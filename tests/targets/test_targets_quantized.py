@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from shohin.formats import Quantizer, named_format
-from shohin.targets import Lowered, get_target
+from shohin.targets import Lowered, Target, get_target
 from shohin.targets.onnxruntime.inspect import check, counts, summary
 from shohin.targets.onnxruntime.rules import inside
 from shohin.targets.onnxruntime.session import Runner
@@ -73,7 +73,7 @@ def test_integer_kernels_and_codes(case: str, tmp_path: Path) -> None:
 
     simulated = nets.Simulation(module, lowered.activations, weights)
     inputs = [(torch.randn(size, *shape, generator=torch.Generator().manual_seed(size)),) for size in (1, 8)]
-    for boundary, report in boundaries(simulated, lowered.path, inputs, 2e-2).items():
+    for boundary, report in boundaries(simulated, lowered.path, Target("onnxruntime"), inputs, 2e-2).items():
         assert report["passes"], (boundary, report)
     differ, far, total = code_differences(lowered, simulated, inputs[1][0], tmp_path)
     assert far <= 1e-3 * total and differ <= 2e-2 * total, (differ, far, total)
@@ -138,9 +138,11 @@ def test_float_layers_stay_float(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     made, wrong = lower({"b.weight"}, set())
     assert wrong == [] and any(note.startswith("b.weight") for note in made.notes)
     kept = {name: quantizer for name, quantizer in weights.items() if name != "b.weight"}
-    assert boundaries(nets.Simulation(module, made.activations, kept), made.path, [(x,)], 2e-2)["view_runtime"]["passes"]
+    assert boundaries(nets.Simulation(module, made.activations, kept), made.path, Target("onnxruntime"), [(x,)], 2e-2)["view_runtime"][
+        "passes"
+    ]
     with monkeypatch.context() as patch:
-        patch.setattr("shohin.targets.onnxruntime.lower.shield_float", lambda *_: None)
+        patch.setattr("shohin.targets.onnx.lower.shield_float", lambda *_: None)
         _, wrong = lower({"b.weight"}, set())
     assert [line.split(":")[0] for line in wrong] == ["b.weight"] and "QLinearConv" in wrong[0]
     made, wrong = lower({"a.weight", "b.weight"}, {"x", "relu"})  # a float segment before the integer part
@@ -180,7 +182,7 @@ def test_quantizers_that_break_the_rules_are_fitted_and_named(tmp_path: Path) ->
     assert set(lowered.adjusted) == {"relu6", "relu", "relu_1", "pool"}
     assert check(lowered.path, dict.fromkeys((*weights, *taps), "int8")) == []
     simulated = nets.Simulation(module, lowered.activations, weights)
-    assert boundaries(simulated, lowered.path, [(x,)], 2e-2)["view_runtime"]["passes"]
+    assert boundaries(simulated, lowered.path, Target("onnxruntime"), [(x,)], 2e-2)["view_runtime"]["passes"]
 
 
 class Excited(nn.Module):
@@ -208,4 +210,6 @@ def test_squeeze_excite_is_all_integer(tmp_path: Path) -> None:
     assert check(lowered.path, dict.fromkeys((*weights, *taps), "int8")) == []
     found = counts(get_target("onnxruntime").inspect(lowered.path))
     assert found["QLinearConv"] == 3 and found["QLinearMul"] == 1 and found["QLinearGlobalAveragePool"] == 2
-    assert boundaries(nets.Simulation(module, lowered.activations, weights), lowered.path, [(x,)], 2e-2)["view_runtime"]["passes"]
+    assert boundaries(nets.Simulation(module, lowered.activations, weights), lowered.path, Target("onnxruntime"), [(x,)], 2e-2)[
+        "view_runtime"
+    ]["passes"]

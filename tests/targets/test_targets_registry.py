@@ -38,7 +38,7 @@ def test_conditions_are_checked(bad: dict[str, int]) -> None:
         get_target(3)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["openvino", "executorch", "litert"])
+@pytest.mark.parametrize("name", ["executorch", "litert"])
 @pytest.mark.parametrize("installed", [False, True])
 def test_known_targets_say_what_is_missing(name: str, installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     package = registry.KNOWN[name][1]
@@ -48,6 +48,14 @@ def test_known_targets_say_what_is_missing(name: str, installed: bool, monkeypat
         get_target(name)
     row = next(row for row in list_targets() if row.name == name)
     assert row.installed == installed and not row.supported
+
+
+def test_a_target_without_its_extra_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda asked, *rest: None if asked == "openvino" else REAL(asked, *rest))
+    with pytest.raises(TargetError, match=r"pip install 'shohin\[openvino\]'"):
+        get_target("openvino")
+    row = next(row for row in list_targets() if row.name == "openvino")
+    assert row.supported and not row.installed
 
 
 def test_list_names_versions() -> None:

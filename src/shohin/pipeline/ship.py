@@ -126,17 +126,17 @@ def verify_export(
     view.eval()
     tolerance = TOLERANCES["int8" if integer else "float32"]
     departs = target.check(path, expected)
-    found = boundaries(view, path, calls, tolerance, threads=target.threads)
+    found = boundaries(view, path, target, calls, tolerance)
     if not _passes(found["view_runtime"], integer):
         raise TargetError(
             f"{path.name} does not equal the view: relative difference {found['view_runtime']['max_rel']:.2e} on the training batches, "
             f"tolerance {tolerance}; the file is not handed over"
         )
-    _store_parity(view, path, calls[0], tolerance, integer)
+    _store_parity(view, path, target, calls[0], tolerance, integer)
     return {"boundaries": found, "departs": departs, "tolerance": tolerance}
 
 
-def _store_parity(view: nn.Module, path: Path, call: Call, tolerance: float, integer: bool, samples: int = 16) -> None:
+def _store_parity(view: nn.Module, path: Path, target: Target, call: Call, tolerance: float, integer: bool, samples: int = 16) -> None:
     """What `verify_stored` needs: a few inputs, the view's answers, the tolerance and the file's checksum."""
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
     leaves = [a[:samples] if isinstance(a, torch.Tensor) and a.dim() else a for a in leaves]
@@ -148,6 +148,7 @@ def _store_parity(view: nn.Module, path: Path, call: Call, tolerance: float, int
     write_tensors(path.with_suffix(".parity.safetensors"), tensors)
     plain = [None if isinstance(a, torch.Tensor) else a for a in leaves]
     facts = {"tolerance": tolerance, "integer": integer, "checksum": checksum(path), "call": pytree.treespec_dumps(spec), "plain": plain}
+    facts |= {"target": target.name}
     write_json(path.with_suffix(".parity.json"), facts)
 
 
@@ -166,7 +167,7 @@ def verify_stored(path: Path) -> dict[str, Any]:
     leaves = [tensors.get(f"input.{i}", value) for i, value in enumerate(facts["plain"])]
     args, kwargs = pytree.tree_unflatten(leaves, pytree.treespec_loads(facts["call"]))
     outputs = [tensors[f"output.{i}"] for i in range(sum(k.startswith("output.") for k in tensors))]
-    runner = get_target("onnxruntime").runner(path)
+    runner = get_target(facts.get("target", "onnxruntime")).runner(path)
     found = parity(lambda *a, **k: outputs, runner, [Call(args, kwargs, None, None)], facts["tolerance"])
     return {**found, "passes": _passes(found, facts["integer"])}
 

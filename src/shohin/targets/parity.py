@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shohin.data import Call
 from shohin.errors import TargetError
+from shohin.targets.base import Target
 
 
 def parity(
@@ -72,20 +73,21 @@ def parity(
 
 
 def boundaries(
-    view: Callable[..., Any], path: Path, inputs: Sequence[tuple[Any, ...] | Call], tolerance: float, *, threads: int = 1
+    view: Callable[..., Any], path: Path, target: Target, inputs: Sequence[tuple[Any, ...] | Call], tolerance: float
 ) -> dict[str, dict[str, Any]]:
     """Parity at each boundary of a lowering: view == ONNX file == runtime.
 
     Args:
         view: the torch module that simulates all bits (or the float module).
-        path: the ONNX file. "File" is the file's own semantics (the runtime with all optimizations off), "runtime" is what ships.
+        path: the ONNX file. "File" is the file's own semantics (ONNX Runtime with all optimizations off), "runtime" is what ships.
+        target: whose runtime that is.
 
     Returns:
         ``view_file``, ``file_runtime`` and ``view_runtime``, each as `parity` gives it.
     """
     from shohin.targets.onnxruntime.session import Runner
 
-    plain, ships = Runner(path, threads=threads, level="none"), Runner(path, threads=threads)
+    plain, ships = Runner(path, threads=target.threads, level="none"), target.runner(path)
     return {
         "view_file": parity(view, plain, inputs, tolerance),
         "file_runtime": parity(plain, ships, inputs, tolerance),

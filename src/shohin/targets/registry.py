@@ -32,8 +32,9 @@ class TargetRow:
 
 def _classes() -> dict[str, type[Target]]:
     from shohin.targets.onnxruntime.target import ORTTarget
+    from shohin.targets.openvino.target import OpenVINOTarget
 
-    return {"onnxruntime": ORTTarget}
+    return {"onnxruntime": ORTTarget, "openvino": OpenVINOTarget}
 
 
 def find(name: str) -> type[Target]:

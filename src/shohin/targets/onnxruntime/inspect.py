@@ -6,17 +6,15 @@ layouts, and renames weights while it does. So layers are identified at the exte
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shohin.errors import TargetError, closest
-from shohin.formats.scheme import is_scheme
 from shohin.targets.base import KernelRow
-from shohin.targets.onnxruntime.few_bits import OP
-from shohin.targets.onnxruntime.lower import ALIASES, LAYERS
+from shohin.targets.onnx.check import departures, match_layer, metadata
+from shohin.targets.onnx.few_bits import OP
 from shohin.targets.onnxruntime.session import optimized_model
 
 if TYPE_CHECKING:
@@ -40,7 +38,7 @@ def inspect(path: str | Path, *, level: str = "all") -> list[KernelRow]:
     Raises:
         TargetError: if the file cannot be loaded.
     """
-    return rows(optimized_model(path, level=level), _metadata(path)[0])
+    return rows(optimized_model(path, level=level), metadata(path)[0])
 
 
 def counts(table: Iterable[KernelRow]) -> dict[str, int]:
@@ -65,7 +63,9 @@ def rows(model: onnx.ModelProto, layers: Iterable[str] = ()) -> list[KernelRow]:
         )
         if node.op_type == "QuantizeLinear" or (integer and not _float_output(node)):
             codes.update(node.output)
-        layer = next((found for text in (node.name, *(held[i] for i in node.input if i in held)) if (found := _match(text, names))), None)
+        layer = next(
+            (found for text in (node.name, *(held[i] for i in node.input if i in held)) if (found := match_layer(text, names))), None
+        )
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             integer, layer = False, None
         out.append(KernelRow(node.op_type, integer, tuple(node.output), layer, node.name))
@@ -79,77 +79,10 @@ def _float_output(node: onnx.NodeProto) -> bool:
     return node.op_type in ("MatMulIntegerToFloat", "ConvInteger", "MatMulInteger", "DynamicQuantizeMatMul")
 
 
-def _match(initializer: str, names: Iterable[str]) -> str | None:
-    """The layer whose weight an initializer holds: its own name, or one that the runtime derived from it by a prefix or suffix."""
-    for name in names:  # longest first
-        at = initializer.find(name)
-        if at < 0:
-            continue
-        before, after = initializer[:at], initializer[at + len(name) :]
-        if (
-            (not before or before[-1] in "_/:")
-            and (not after or after[0] in "_/:." or after == ".T")
-            and not after.startswith(("_scale", "_zero"))
-        ):
-            return name
-    return None
-
-
-def _metadata(path: str | Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Layers (weight -> tensor) and aliases (tap -> tensor) that lowering left in a file."""
-    import onnx
-
-    if not Path(path).is_file():
-        raise TargetError(f"there is no file {str(path)!r}")
-    held = {p.key: p.value for p in onnx.load(str(path)).metadata_props}
-    if LAYERS not in held:
-        return {}, {}
-    return json.loads(held[LAYERS]), json.loads(held[ALIASES])
-
-
 def check(path: str | Path, expected: Mapping[str, str]) -> list[str]:
-    """Where the runtime departs from the plan.
-
-    Args:
-        expected: weight name (a layer) or tap name (the operation that makes that tensor) -> "int8", "float32" or a weight scheme
-            ("weights int4 group 32").
-
-    Returns:
-        One sentence for each disagreement; empty if the runtime does what the plan says.
-
-    Raises:
-        TargetError: for a name that the file does not know, or a file that Shohin did not lower.
-    """
-    layers, aliases = _metadata(path)
-    if not layers and expected:
-        raise TargetError(f"{path} holds no names of layers: it was not written by Shohin, so it cannot be compared with a plan")
-    table = rows(optimized_model(path, level="layer"), layers)
-    tensors = _tensors(path)
-    out = []
-    for name, wanted in expected.items():
-        if wanted not in ("int8", "float32") and not is_scheme(wanted):
-            raise TargetError(f"{name!r}: expected formats are 'int8', 'float32' or a weight scheme; got {wanted!r}")
-        if (weight := aliases.get(name, name)) in layers:
-            found = _of_layer(table, weight, layers[weight])
-        elif (tensor := aliases.get(name, name)) in tensors:
-            found = _of_tensor(table, tensor)
-        else:
-            raise TargetError(f"{path} knows no layer or tensor {name!r}{closest(name, [*layers, *tensors])}")
-        if found is None:
-            if wanted != "float32":
-                out.append(f"{name}: should be {wanted}, but no operation of the optimized graph could be recognized as it")
-        elif (found.op == OP) != is_scheme(wanted):
-            out.append(f"{name}: should be {wanted}, but the runtime executes {found.op}")
-        elif found.integer != (wanted == "int8"):
-            out.append(f"{name}: should be {wanted}, but the runtime executes {found.op} ({'integer' if found.integer else 'float'})")
-    return out
-
-
-def _tensors(path: str | Path) -> set[str]:
-    import onnx
-
-    graph = onnx.load(str(path)).graph
-    return {o for node in graph.node for o in node.output} | {i.name for i in graph.input}
+    """Where the runtime departs from the plan: see `shohin.targets.onnx.check.departures`."""
+    table = rows(optimized_model(path, level="layer"), metadata(path)[0])
+    return departures(path, expected, partial(_of_layer, table), partial(_of_tensor, table), lambda row: row.op == OP)
 
 
 def _of_layer(table: list[KernelRow], name: str, tensor: str) -> KernelRow | None:
@@ -172,7 +105,7 @@ def _of_tensor(table: list[KernelRow], tensor: str) -> KernelRow | None:
 def summary(path: str | Path) -> dict[str, Any]:
     """JSON-able: kernels by operator as shipped, how many layers run in integers, and in float."""
     table = inspect(path)
-    layers, _ = _metadata(path)
+    layers, _ = metadata(path)
     found = [
         (_of_layer(rows_, name, tensor))
         for rows_ in [rows(optimized_model(path, level="layer"), layers)]

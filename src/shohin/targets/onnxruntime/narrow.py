@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from shohin.program import Program, family
 from shohin.program.nodes import argument, arguments
 from shohin.targets.base import CannotNarrow
-from shohin.targets.onnxruntime.edges import Edges, array, attribute
+from shohin.targets.onnx.edges import Edges, array, attribute
 
 if TYPE_CHECKING:
     import onnx

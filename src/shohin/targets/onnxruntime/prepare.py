@@ -9,7 +9,7 @@ tensor by tensor; whatever is not certain raises `CannotNarrow`.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,19 +22,37 @@ from shohin.formats import Quantizer
 from shohin.program import Program, ProgramModule, interpret
 from shohin.run import write_atomic
 from shohin.targets.base import CannotNarrow, Lowered, Prepared
-from shohin.targets.onnxruntime.edges import array
-from shohin.targets.onnxruntime.export import Exported, Translated, optimized, translate
-from shohin.targets.onnxruntime.lower import write
+from shohin.targets.onnx.edges import array
+from shohin.targets.onnx.export import Exported, Translated, optimized, translate
+from shohin.targets.onnx.lower import Rules, write
+from shohin.targets.onnx.rewrite import drop_outputs, drop_unused
 from shohin.targets.onnxruntime.narrow import SIZES, changed_nodes, compare, cut_out, family_of, fill, regroup, set_integers, set_shapes
-from shohin.targets.onnxruntime.rewrite import drop_outputs, drop_unused
-from shohin.targets.onnxruntime.session import Runner, open_session, options
+from shohin.targets.onnxruntime.session import open_session, options
 
 if TYPE_CHECKING:
     import onnx
 
 
-def prepare(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, threads: int = 1) -> PreparedORT:
-    """Exports a program with every tensor that depends on its inputs kept apart. Raises TargetError if it cannot be exported."""
+def prepare(
+    program: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    rules: Rules,
+    opened: Callable[[Path], Callable[..., Any]],
+    *,
+    threads: int = 1,
+) -> PreparedONNX:
+    """Exports a program with every tensor that depends on its inputs kept apart.
+
+    Args:
+        program, args, kwargs: see `shohin.targets.Target.prepare`.
+        rules: of the runtime that is to read the files.
+        opened: runs a file in that runtime.
+        threads: of ONNX Runtime, which narrowed graphs are compared in.
+
+    Raises:
+        TargetError: if it cannot be exported.
+    """
     data = {name for name, x in zip(program.inputs, program.example, strict=True) if isinstance(x, Tensor)}
     taps = []
     for node in program.graph.nodes:
@@ -47,7 +65,7 @@ def prepare(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
     translated = translate(ProgramModule(program, taps=tuple(taps)), args, kwargs, [names[n] for n in taps])
     example = tuple(x[:2] if isinstance(x, Tensor) and x.dim() and x.shape[0] == program.batch else x for x in program.example)
     shapes = {n: tuple(v.shape) for n, v in _values(program, example, set(taps))[0].items()}
-    return PreparedORT(program, translated, names, example, shapes, threads)
+    return PreparedONNX(program, translated, names, example, shapes, rules, opened, threads)
 
 
 def _values(program: Program, inputs: tuple[Any, ...], wanted: set[str]) -> tuple[dict[str, Tensor], list[Tensor]]:
@@ -65,7 +83,7 @@ def _values(program: Program, inputs: tuple[Any, ...], wanted: set[str]) -> tupl
 
 
 @dataclass(eq=False)
-class PreparedORT(Prepared):
+class PreparedONNX(Prepared):
     """An exported program.
 
     Args:
@@ -74,7 +92,7 @@ class PreparedORT(Prepared):
         names: node name -> tap name.
         example: flattened inputs, two samples.
         shapes: node name -> shape on the example.
-        threads: of the runtime.
+        rules, opened, threads: see `prepare`.
     """
 
     program: Program
@@ -82,6 +100,8 @@ class PreparedORT(Prepared):
     names: Mapping[str, str]
     example: tuple[Any, ...]
     shapes: Mapping[str, tuple[int, ...]]
+    rules: Rules
+    opened: Callable[[Path], Callable[..., Any]]
     threads: int
     _optimized: dict[frozenset[str], Exported] = field(default_factory=dict)
 
@@ -108,9 +128,11 @@ class PreparedORT(Prepared):
             tensors = {name: t for name, t in program.tensors.items() if name in program.trainable}
             rest = {name: t for name, t in program.tensors.items() if name not in program.trainable}
             with tempfile.TemporaryDirectory(prefix="shohin-") as folder:
-                made = write(exported, Path(folder) / path.name, tensors, rest, taps=names, activations=quantizers, weights=weights or {})
-                run = Runner(made.path, threads=self.threads)
-                run.session.run(None, self._feed(program, run.names))
+                made = write(
+                    exported, Path(folder) / path.name, tensors, rest, self.rules, taps=names, activations=quantizers, weights=weights or {}
+                )
+                args, kwargs = torch.utils._pytree.tree_unflatten(list(self.example), program.in_spec)
+                self.opened(made.path)(*args, **kwargs)
                 write_atomic(path, made.path.read_bytes())
         except CannotNarrow:
             raise

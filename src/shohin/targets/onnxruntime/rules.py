@@ -18,22 +18,15 @@ import numpy as np
 import torch
 
 from shohin.formats import Quantizer
-from shohin.targets.onnxruntime.edges import CLIPS, CONTRACTIONS, MOVEMENT, Edges, Layer, array
+from shohin.targets.onnx.edges import CLIPS, CONTRACTIONS, MOVEMENT, Edges, Layer, array
+from shohin.targets.onnx.lower import Rules
+from shohin.targets.onnx.qdq import same
 
 if TYPE_CHECKING:
     import onnx
 
 #: operators with an integer kernel of their own, which a quantizer may be moved up to
 _INTEGER = CONTRACTIONS | CLIPS | {"Add", "Mul", "Concat", "GlobalAveragePool", "AveragePool", "Sigmoid"}
-
-
-def same(a: Quantizer, b: Quantizer) -> bool:
-    """True if two quantizers hold the same grid in the same codes."""
-    return (
-        a.format.name == b.format.name
-        and torch.equal(a.scale.float(), b.scale.float())
-        and torch.equal(a.zero_point.to(torch.int64), b.zero_point.to(torch.int64))
-    )
 
 
 def conform(
@@ -137,3 +130,6 @@ def remarks(model: onnx.ModelProto, activations: Mapping[str, Quantizer], layers
                 f"{layer.weight}: a single float layer between quantized tensors costs two conversions, which a small layer does not earn"
             )
     return out
+
+
+RULES = Rules(conform, remarks)

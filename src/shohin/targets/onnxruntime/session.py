@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from shohin.errors import TargetError
-from shohin.targets.onnxruntime.signature import KEY, Signature, tensors
+from shohin.targets.onnx.signature import KEY, Signature, call_outputs, numbered
 
 #: optimization levels: "none" runs the file as it is written (float simulation of Q/DQ), "layer" makes every decision between
 #: integer and float kernels but keeps names and layout, "all" is what ships
@@ -68,14 +67,6 @@ def optimized_model(path: str | Path, *, level: str = "all") -> Any:
         return onnx.load(str(file))
 
 
-def to_numpy(tensor: Tensor) -> NDArray[Any]:
-    """A contiguous array. Raises TargetError for a type that NumPy lacks."""
-    try:
-        return np.ascontiguousarray(tensor.detach().cpu().numpy())
-    except TypeError:
-        raise TargetError(f"an input of type {tensor.dtype} cannot be given to ONNX Runtime; convert it to float32") from None
-
-
 class Runner:
     """A file as a callable with the torch model's signature: tensors in, the model's output structure out.
 
@@ -97,10 +88,7 @@ class Runner:
 
     def feed(self, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> dict[str, NDArray[Any]]:
         """The file's inputs by name."""
-        found = self.signature.feed(args, kwargs or {}) if self.signature else tensors([*args, *(kwargs or {}).values()])
-        if len(found) != len(self.names):
-            raise TargetError(f"{self.path.name} takes {len(self.names)} tensors ({', '.join(self.names)}); got {len(found)}")
-        return {name: to_numpy(tensor) for name, tensor in zip(self.names, found, strict=True)}
+        return numbered(self.path, self.signature, self.names, args, kwargs or {})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         feed = self.feed(args, kwargs)
@@ -109,10 +97,7 @@ class Runner:
         except Exception as error:
             shapes = {name: list(value.shape) for name, value in feed.items()}
             raise TargetError(f"{self.path.name} cannot run on inputs of shapes {shapes}: {error}") from error
-        out = [torch.from_numpy(np.asarray(value)) for value in values]
-        if self.signature:
-            return self.signature.unflatten(out)
-        return out[0] if len(out) == 1 else tuple(out)
+        return call_outputs(self.signature, [torch.from_numpy(np.asarray(value)) for value in values])
 
     def __repr__(self) -> str:
         return f"Runner({str(self.path)!r}, level={self.level!r})"

@@ -17,11 +17,9 @@ from numpy.typing import NDArray
 
 from shohin.candidate import Measurement
 from shohin.errors import TargetError
-from shohin.targets import cpu
+from shohin.targets import cpu, timing
 from shohin.targets.base import Ratio, Timing
-from shohin.targets.onnxruntime import timing
-from shohin.targets.onnxruntime.session import Runner
-from shohin.targets.registry import version
+from shohin.targets.registry import KNOWN, get_target, version
 
 
 def resized(args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, batch: int | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -36,31 +34,33 @@ def resized(args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, batch: int 
 
 
 def _feeds(
-    files: Sequence[Path], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, batch: int | None, threads: int
+    runtime: str, files: Sequence[Path], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, batch: int | None, threads: int
 ) -> list[NDArray[Any]]:
     args, kwargs = resized(args, kwargs, batch)
     if not files:
         raise TargetError("nothing to measure: no file was given")
-    feeds = [list(Runner(path, threads=threads).feed(args, kwargs).values()) for path in files]
+    runner: Any = get_target(runtime, threads).runner
+    feeds = [list(runner(Path(path)).feed(args, kwargs).values()) for path in files]
     if any(len(other) != len(feeds[0]) for other in feeds):
         raise TargetError("the files take different numbers of inputs, so they cannot be compared")
     return feeds[0]
 
 
-def _conditions(threads: int, feeds: Sequence[NDArray[Any]], seed: int) -> dict[str, Any]:
+def _conditions(runtime: str, threads: int, feeds: Sequence[NDArray[Any]], seed: int) -> dict[str, Any]:
     return {
         "threads": threads,
         "batch": int(feeds[0].shape[0]) if feeds and feeds[0].ndim else 1,
         "inputs": [list(feed.shape) for feed in feeds],
         "clock": "thread CPU time" if threads == 1 else "wall time (several threads)",
         "seed": seed,
-        "runtime": f"onnxruntime {version('onnxruntime')}",
+        "runtime": f"{runtime} {version(KNOWN[runtime][0])}",
         "cpu": cpu.model_name(),
         "flags": sorted(cpu.flags()),
     }
 
 
 def measure(
+    runtime: str,
     files: Mapping[str, Path],
     args: tuple[Any, ...],
     *,
@@ -73,6 +73,7 @@ def measure(
     """Times files against each other in one random interleaving, in this process.
 
     Args:
+        runtime: name of the target.
         files: by name.
         args, kwargs: an example call; its batch is cut or repeated to ``batch``.
         rounds: slices of about 0.4 ms per file; files that take longer get at least 100 slices and half a second, as far as
@@ -85,9 +86,9 @@ def measure(
     Raises:
         TargetError: if a file cannot be loaded or does not take the example.
     """
-    feeds = _feeds(list(files.values()), args, kwargs, batch, threads)
-    found = timing.time_files({k: str(p) for k, p in files.items()}, feeds, rounds=rounds, seed=seed, threads=threads)
-    common = _conditions(threads, feeds, seed)
+    feeds = _feeds(runtime, list(files.values()), args, kwargs, batch, threads)
+    found = timing.time_files(runtime, {k: str(p) for k, p in files.items()}, feeds, rounds=rounds, seed=seed, threads=threads)
+    common = _conditions(runtime, threads, feeds, seed)
     return {name: _timing(row, common) for name, row in found.items()}
 
 
@@ -98,6 +99,7 @@ def _timing(row: Mapping[str, float], common: Mapping[str, Any]) -> Timing:
 
 
 def measure_in_processes(
+    runtime: str,
     files: Mapping[str, Path],
     args: tuple[Any, ...],
     *,
@@ -112,6 +114,7 @@ def measure_in_processes(
     """Repeats `measure` in fresh processes: memory layout and frequency differ between processes, not only between rounds.
 
     Args:
+        runtime: name of the target.
         reference: name of the file that ratios refer to; default the first.
 
     Returns:
@@ -121,11 +124,11 @@ def measure_in_processes(
     reference = next(iter(files)) if reference is None else reference
     if reference not in files:
         raise TargetError(f"the reference {reference!r} is not among the files {', '.join(files)}")
-    feeds = _feeds(list(files.values()), args, kwargs, batch, threads)
+    feeds = _feeds(runtime, list(files.values()), args, kwargs, batch, threads)
     paths = {k: str(Path(p).resolve()) for k, p in files.items()}
-    asked = {"do": "time", "files": paths, "rounds": rounds, "threads": threads}
+    asked = {"do": "time", "runtime": runtime, "files": paths, "rounds": rounds, "threads": threads}
     rows = [_ask({**asked, "seed": seed + index}, feeds) for index in range(processes)]
-    common = {**_conditions(threads, feeds, seed), "processes": processes}
+    common = {**_conditions(runtime, threads, feeds, seed), "processes": processes}
     out = {}
     for name in files:
         times = [row[name]["ms"] for row in rows]
@@ -140,6 +143,7 @@ def measure_in_processes(
 
 
 def peak_memory(
+    runtime: str,
     path: Path,
     args: tuple[Any, ...],
     *,
@@ -156,12 +160,12 @@ def peak_memory(
     the file is the first to touch.
     ``spread`` is (largest - smallest) / median over the processes.
     """
-    feeds = _feeds([Path(path)], args, kwargs, batch, threads)
-    asked = {"do": "memory", "path": str(Path(path).resolve()), "threads": threads}
+    feeds = _feeds(runtime, [Path(path)], args, kwargs, batch, threads)
+    asked = {"do": "memory", "runtime": runtime, "path": str(Path(path).resolve()), "threads": threads}
     values = [int(_ask(asked, feeds)) for _ in range(processes)]
     value = statistics.median(values)
     how = f"measured: peak resident memory above the process before loading, median of {processes} processes"
-    return Measurement(float(value), how, _conditions(threads, feeds, 0), (max(values) - min(values)) / max(value, 1))
+    return Measurement(float(value), how, _conditions(runtime, threads, feeds, 0), (max(values) - min(values)) / max(value, 1))
 
 
 def _ask(request: Mapping[str, Any], feeds: Sequence[NDArray[Any]]) -> Any:

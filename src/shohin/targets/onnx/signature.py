@@ -6,9 +6,12 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import register_pytree_node
 
@@ -88,6 +91,42 @@ class Signature:
         """The inverse of `to_json`."""
         data = json.loads(text)
         return Signature(tuple(data["parameters"]), tuple(data["given"]), data["structure"], tuple(data["outputs"]))
+
+
+def read_signature(path: str | Path) -> Signature | None:
+    """What lowering left in a file; None if Shohin did not write it."""
+    import onnx
+
+    held = {p.key: p.value for p in onnx.load(str(path), load_external_data=False).metadata_props}
+    return Signature.from_json(held[KEY]) if KEY in held else None
+
+
+def numbered(
+    path: Path, signature: Signature | None, names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, NDArray[Any]]:
+    """A call as the inputs of a file by name. Without a signature, tensors are taken by position.
+
+    Raises:
+        TargetError: if the call does not fit the file, or an input has a type that NumPy lacks.
+    """
+    found = signature.feed(args, kwargs) if signature else tensors([*args, *kwargs.values()])
+    if len(found) != len(names):
+        raise TargetError(f"{path.name} takes {len(names)} tensors ({', '.join(names)}); got {len(found)}")
+    return {name: _to_numpy(tensor) for name, tensor in zip(names, found, strict=True)}
+
+
+def _to_numpy(tensor: Tensor) -> NDArray[Any]:
+    try:
+        return np.ascontiguousarray(tensor.detach().cpu().numpy())
+    except TypeError:
+        raise TargetError(f"an input of type {tensor.dtype} cannot be given to a runtime; convert it to float32") from None
+
+
+def call_outputs(signature: Signature | None, values: Sequence[Tensor]) -> Any:
+    """A file's output tensors in the model's own structure; without a signature a tensor or a tuple."""
+    if signature:
+        return signature.unflatten(values)
+    return values[0] if len(values) == 1 else tuple(values)
 
 
 def bind(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

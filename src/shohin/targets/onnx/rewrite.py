@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shohin.targets.onnxruntime.edges import Edges, Layer, array, attribute, shapes
+from shohin.targets.onnx.edges import Edges, Layer, array, attribute, shapes
 
 if TYPE_CHECKING:
     import onnx

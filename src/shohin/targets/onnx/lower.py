@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,12 @@ from shohin.errors import TargetError, closest
 from shohin.formats import Quantizer
 from shohin.run import write_atomic
 from shohin.targets.base import Lowered
-from shohin.targets.onnxruntime import few_bits, rules
-from shohin.targets.onnxruntime.edges import Layer, array, layers
-from shohin.targets.onnxruntime.export import Exported, export
-from shohin.targets.onnxruntime.qdq import insert_qdq
-from shohin.targets.onnxruntime.rewrite import drop_outputs, drop_unused, flatten_linears, fold_transposes, pool_means, rename, shield_float
-from shohin.targets.onnxruntime.signature import KEY
+from shohin.targets.onnx import few_bits
+from shohin.targets.onnx.edges import Layer, array, layers
+from shohin.targets.onnx.export import Exported, export
+from shohin.targets.onnx.qdq import insert_qdq, same
+from shohin.targets.onnx.rewrite import drop_outputs, drop_unused, flatten_linears, fold_transposes, pool_means, rename, shield_float
+from shohin.targets.onnx.signature import KEY
 
 if TYPE_CHECKING:
     import onnx
@@ -28,10 +29,25 @@ LAYERS, ALIASES = "shohin.layers", "shohin.aliases"
 _LIMIT = 2**31 - 2**20
 
 
+@dataclass(frozen=True)
+class Rules:
+    """What a runtime asks of grids before it runs integer kernels.
+
+    Args:
+        conform: (model, grids by tensor as asked, the layers whose weights are quantized) -> grids that the runtime can use, for every
+            tensor that needs one, and name -> reason for each that is not the one asked for.
+        remarks: (model, grids, layers, names of quantized weights) -> layers that will not run as asked, as far as the graph alone tells.
+    """
+
+    conform: Callable[[onnx.ModelProto, Mapping[str, Quantizer], Iterable[Layer]], tuple[dict[str, Quantizer], dict[str, str]]]
+    remarks: Callable[[onnx.ModelProto, Mapping[str, Quantizer], Iterable[Layer], Iterable[str]], list[str]]
+
+
 def lower(
     module: nn.Module,
     args: tuple[Any, ...],
     path: str | Path,
+    rules: Rules,
     *,
     kwargs: Mapping[str, Any] | None = None,
     taps: Sequence[str] = (),
@@ -44,10 +60,11 @@ def lower(
         module: in eval mode. With taps it returns ``(outputs..., *taps)``.
         args, kwargs: an example call; its batch is cut or repeated to 2, because export takes 1 for a constant.
         path: of the file; replaced atomically.
+        rules: of the runtime that is to read the file.
         taps: names for the extra outputs, in order. Each names its tensor in the file and is not an output of the file.
         activations: tap or input name -> per-tensor 8-bit quantizer.
         weights: parameter name -> quantizer, per tensor or per output channel; with groups the layer keeps float activations
-            (see `shohin.targets.onnxruntime.few_bits`).
+            (see `shohin.targets.onnx.few_bits`).
 
     Raises:
         TargetError: if the module does not export, a name matches nothing, or a quantizer does not fit.
@@ -56,7 +73,7 @@ def lower(
         raise TargetError(f"tap names must differ; twice: {sorted({t for t in taps if list(taps).count(t) > 1})}")
     exported = export(module, args, kwargs or {}, taps)
     parameters, buffers = dict(module.named_parameters(remove_duplicate=False)), dict(module.named_buffers(remove_duplicate=False))
-    return write(exported, path, parameters, buffers, taps=taps, activations=activations or {}, weights=weights or {})
+    return write(exported, path, parameters, buffers, rules, taps=taps, activations=activations or {}, weights=weights or {})
 
 
 def write(
@@ -64,6 +81,7 @@ def write(
     path: str | Path,
     parameters: Mapping[str, Tensor],
     buffers: Mapping[str, Tensor],
+    rules: Rules,
     *,
     taps: Sequence[str],
     activations: Mapping[str, Quantizer],
@@ -139,7 +157,7 @@ def _by_tensor(model: onnx.ModelProto, activations: Mapping[str, Quantizer], ali
         tensor = aliases.get(name, name)
         if tensor not in tensors:
             raise TargetError(f"no tap or input is named {name!r}{closest(name, [*aliases, *tensors])}")
-        if tensor in out and not rules.same(out[tensor], quantizer):
+        if tensor in out and not same(out[tensor], quantizer):
             raise TargetError(f"{name!r} is another name of the tensor {tensor!r}, and their quantizers differ; give one of them")
         out[tensor] = quantizer
     return out

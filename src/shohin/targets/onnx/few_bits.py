@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from shohin.errors import TargetError
 from shohin.formats import Quantizer
 from shohin.formats.scheme import Scheme
-from shohin.targets.onnxruntime.edges import Edges, Layer, array, attribute
-from shohin.targets.onnxruntime.rewrite import drop_unused
+from shohin.targets.onnx.edges import Edges, Layer, array, attribute
+from shohin.targets.onnx.rewrite import drop_unused
 
 if TYPE_CHECKING:
     import onnx

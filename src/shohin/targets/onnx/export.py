@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from shohin.errors import TargetError
-from shohin.targets.onnxruntime.signature import Signature, bind
+from shohin.targets.onnx.signature import Signature, bind
 
 if TYPE_CHECKING:
     import onnx

@@ -1,6 +1,6 @@
 """The timing loop, and a worker process that holds nothing but the runtime.
 
-This file imports only the standard library, NumPy and ONNX Runtime, so that ``python -P timing.py`` starts fast and its memory
+This file imports only the standard library, NumPy and the runtime, so that ``python -P timing.py`` starts fast and its memory
 is the runtime's own. The loop: slices of about 0.4 ms in random interleaved order, thread CPU time, the mean of the three
 smallest. On a shared machine wall times are bimodal (a neighbour runs or not); the smallest CPU times of many short slices
 repeat within about 1 %, where medians of long slices differ by 6-38 %.
@@ -90,15 +90,38 @@ def session(path: str, threads: int) -> Any:
     return onnxruntime.InferenceSession(path, made, providers=["CPUExecutionProvider"])
 
 
+def opened(runtime: str, path: str, feeds: Sequence[NDArray[Any]], threads: int) -> Callable[[], object]:
+    """A file as a function that runs it on inputs given by position."""
+    if runtime == "openvino":
+        import openvino
+
+        request = compiled(path, threads).create_infer_request()
+        for index, feed in enumerate(feeds):
+            request.set_input_tensor(index, openvino.Tensor(feed))
+        return lambda: request.infer(share_outputs=True)  # copies of inputs and outputs take longer than a small network
+    made = session(path, threads)
+    named = dict(zip((i.name for i in made.get_inputs()), feeds, strict=True))
+    return lambda: made.run(None, named)
+
+
+def compiled(path: str, threads: int) -> Any:
+    """A file in OpenVINO: one stream, float32 where it is not integers, weights of few bits beside float activations as they are."""
+    import openvino
+
+    options = {
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "INFERENCE_PRECISION_HINT": "f32",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+    }
+    return openvino.Core().compile_model(path, "CPU", options)
+
+
 def time_files(
-    files: Mapping[str, str], feeds: Sequence[NDArray[Any]], *, rounds: int, seed: int, threads: int
+    runtime: str, files: Mapping[str, str], feeds: Sequence[NDArray[Any]], *, rounds: int, seed: int, threads: int
 ) -> dict[str, dict[str, float]]:
     """Times files in one interleaving: name -> {"ms", "spread", "rounds", "inner"}. Inputs are given by position."""
-    runs = []
-    for path in files.values():
-        opened = session(path, threads)
-        feed = dict(zip((i.name for i in opened.get_inputs()), feeds, strict=True))
-        runs.append(lambda opened=opened, feed=feed: opened.run(None, feed))
+    runs = [opened(runtime, path, feeds, threads) for path in files.values()]
     slices, inner = interleave(runs, rounds=rounds, seed=seed, threads=threads)
     return {
         name: {"ms": statistic(row) * 1e3, "spread": spread(row), "rounds": float(len(row)), "inner": float(count)}
@@ -106,23 +129,21 @@ def time_files(
     }
 
 
-def memory(path: str, feeds: Sequence[NDArray[Any]], threads: int, wake: str) -> int:
+def memory(runtime: str, path: str, feeds: Sequence[NDArray[Any]], threads: int, wake: str) -> int:
     """Peak resident memory of opening a session and running it five times, above that of the process before, in bytes.
 
     ``wake`` is a file of one node, run first: the runtime's own tables (some 10 MB) are not the model's.
     """
-    first = session(wake, threads)
-    first.run(None, {first.get_inputs()[0].name: np.zeros(1, dtype=np.float32)})
+    opened(runtime, wake, [np.zeros(1, dtype=np.float32)], threads)()
     before = _status("VmRSS")
     try:
         with open("/proc/self/clear_refs", "w") as f:
             f.write("5")  # the peak now starts at the present size
     except OSError:
         before = max(before, _status("VmHWM"))
-    opened = session(path, threads)
-    feed = dict(zip((i.name for i in opened.get_inputs()), feeds, strict=True))
+    run = opened(runtime, path, feeds, threads)
     for _ in range(5):
-        opened.run(None, feed)
+        run()
     return max(0, _status("VmHWM") - before)
 
 
@@ -145,9 +166,9 @@ def main() -> None:
     threads = request["threads"]
     answer: Any
     if request["do"] == "time":
-        answer = time_files(request["files"], feeds, rounds=request["rounds"], seed=request["seed"], threads=threads)
+        answer = time_files(request["runtime"], request["files"], feeds, rounds=request["rounds"], seed=request["seed"], threads=threads)
     else:
-        answer = memory(request["path"], feeds, threads, request["wake"])
+        answer = memory(request["runtime"], request["path"], feeds, threads, request["wake"])
     json.dump(answer, sys.stdout)
     sys.stdout.flush()
     os._exit(0)  # the runtime's threads need no orderly end

@@ -17,14 +17,23 @@ from numpy.typing import NDArray
 
 from shohin.errors import TargetError
 from shohin.formats import Quantizer
-from shohin.targets.onnxruntime.edges import Edges, Layer, array
-from shohin.targets.onnxruntime.rewrite import drop_unused
+from shohin.targets.onnx.edges import Edges, Layer, array
+from shohin.targets.onnx.rewrite import drop_unused
 
 if TYPE_CHECKING:
     import onnx
 
 #: int32 biases stay below this, so that sums cannot overflow
 _BIAS_LIMIT = 2.0**30
+
+
+def same(a: Quantizer, b: Quantizer) -> bool:
+    """True if two quantizers hold the same grid in the same codes."""
+    return (
+        a.format.name == b.format.name
+        and torch.equal(a.scale.float(), b.scale.float())
+        and torch.equal(a.zero_point.to(torch.int64), b.zero_point.to(torch.int64))
+    )
 
 
 def insert_qdq(
