@@ -79,6 +79,8 @@ def test_the_grids_are_those_of_the_method(name: str) -> None:
     narrower = set()
     for method in ALL:
         for site, q in quantized(name, method).activations.items():
+            if q.axis is not None:  # smoothed: its scales are of another tensor
+                continue
             full = float(widest.activations[site].scale)
             assert float(q.scale) <= full * (1 + 1e-12), (method, site)
             if float(q.scale) < full * 0.999:

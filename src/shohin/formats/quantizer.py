@@ -27,6 +27,8 @@ class Quantizer:
         axis: the channel axis of the tensor it applies to, or None per tensor; 0 for groups.
         group: how many consecutive values of a channel (the other axes flattened) share a scale, or None. The last group may be
             smaller.
+        columns: float64 (I,) factors of the scales along the inputs of a matrix [O, I] whose channels are its outputs, or None: the grid
+            of a weight whose inputs were smoothed.
     """
 
     format: Format
@@ -34,6 +36,7 @@ class Quantizer:
     zero_point: Tensor
     axis: int | None = None
     group: int | None = None
+    columns: Tensor | None = None
 
     def spread(self, values: Tensor, like: Tensor) -> Tensor:
         """Scales or zero points in a shape that broadcasts with the tensor ``like``, in its dtype."""
@@ -46,20 +49,25 @@ class Quantizer:
         shape[self.axis] = -1
         return values.to(like.dtype).reshape(shape)
 
+    def steps(self, like: Tensor) -> Tensor:
+        """The distance of two codes at each place, in a shape that broadcasts with the tensor; rounded to float32, as files hold scales."""
+        scale = self.spread(self.scale.float(), like)
+        return scale if self.columns is None else scale * self.columns.to(like.dtype)
+
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of ``x`` as an int64 tensor of the same shape. Scales are rounded to float32, as files hold them."""
-        scale = self.spread(self.scale.float(), x)
+        scale = self.steps(x)
         zero = self.spread(self.zero_point, x)
         return torch.clamp(torch.round(x / scale) + zero, self.format.low, self.format.high).to(torch.int64)
 
     def decoded(self, codes: Tensor) -> Tensor:
         """The values of integer codes, float32."""
         codes = codes.float()
-        return (codes - self.spread(self.zero_point, codes)) * self.spread(self.scale.float(), codes)
+        return (codes - self.spread(self.zero_point, codes)) * self.steps(codes)
 
     def fake(self, x: Tensor) -> Tensor:
         """``x`` snapped to the grid, with straight-through gradients inside the range and none outside."""
-        scale = self.spread(self.scale.float(), x)
+        scale = self.steps(x)
         zero = self.spread(self.zero_point, x)
         low, high = (self.format.low - zero) * scale, (self.format.high - zero) * scale
         clipped = torch.minimum(torch.maximum(x, low), high)
@@ -74,7 +82,11 @@ class Quantizer:
             "zero_point": self.zero_point.tolist(),
             "axis": self.axis,
         }
-        return written if self.group is None else {**written, "group": self.group}
+        if self.group is not None:
+            written["group"] = self.group
+        if self.columns is not None:
+            written["columns"] = self.columns.tolist()
+        return written
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Quantizer:
@@ -85,4 +97,5 @@ class Quantizer:
             torch.tensor(data["zero_point"], dtype=torch.int64),
             data["axis"],
             data.get("group"),
+            torch.tensor(data["columns"], dtype=torch.float64) if "columns" in data else None,
         )

@@ -57,7 +57,7 @@ def lower_quantized(
     )
     used = {n: lowered.activations[names[grids[n]]] for n in quantized.activations if names[grids[n]] in lowered.activations}
     notes = [f"{name}: {why}" for name, why in lowered.adjusted.items()] + list(lowered.notes)
-    return simulate(program, used), used, notes
+    return simulate(program, used, quantized.sites.readers), used, notes
 
 
 def lower_for_timing(

@@ -21,6 +21,7 @@ def quantize_layers(
     *,
     rounding: str = "auto",
     ranges: Ranges = "mse",
+    smoothing: bool = True,
     least_scale: LeastScale | None = None,
     seed: int = 0,
 ) -> Quantized:
@@ -29,7 +30,7 @@ def quantize_layers(
     Args:
         formats: layer address -> "int8" (weights and activations) or a weight scheme; a layer that is absent stays float.
         rounding: of the weight schemes; see `quantize_weights`.
-        ranges, least_scale: of the integer layers; see `quantize_program`.
+        ranges, smoothing, least_scale: of the integer layers; see `quantize_program`.
 
     Raises:
         PlanError, DataError: as these two do.
@@ -37,10 +38,10 @@ def quantize_layers(
     schemes = {address: Scheme.parse(text) for address, text in formats.items() if is_scheme(text)}
     integer = formats.keys() - schemes.keys()
     if not schemes:
-        return quantize_program(program, set(integer), calls, ranges=ranges, least_scale=least_scale)
+        return quantize_program(program, set(integer), calls, ranges=ranges, smoothing=smoothing, least_scale=least_scale)
     alone = quantize_weights(program, calls, schemes, rounding=rounding, seed=seed)
     if not integer:
         return alone
-    static = quantize_program(alone.program, set(integer), calls, ranges=ranges, least_scale=least_scale)
+    static = quantize_program(alone.program, set(integer), calls, ranges=ranges, smoothing=smoothing, least_scale=least_scale)
     folded = replace(static.folded, folded=alone.folded.folded)
     return Quantized(folded, static.activations, {**alone.weights, **static.weights}, static.sites)

@@ -37,7 +37,7 @@ class Quantized:
 
     def view(self) -> torch.nn.Module:
         """The module that simulates all bits."""
-        return simulate(self.program, self.activations)
+        return simulate(self.program, self.activations, self.sites.readers)
 
     def by_address(self) -> dict[str, Quantizer]:
         """Activation quantizers by address, weight quantizers by parameter name: a candidate's evidence."""

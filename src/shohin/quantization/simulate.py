@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, fx
 
 from shohin.formats import Quantizer
 from shohin.program import Program, ProgramModule
+from shohin.quantization.sites import base
 
 
 class _Snap(torch.autograd.Function):
@@ -32,11 +33,24 @@ def snap(x: Tensor, scale: float, zero: int, low: int, high: int) -> Tensor:
     return result
 
 
-def simulated_graph(program: Program, activations: Mapping[str, Quantizer]) -> fx.Graph:
+def _channels_snap(quantizer: Quantizer) -> Callable[[Tensor], Tensor]:
+    """A function of its own for each grid: the compiled graph holds no tensors as arguments."""
+
+    def snap_channels(x: Tensor) -> Tensor:
+        return quantizer.fake(x)
+
+    return snap_channels
+
+
+def simulated_graph(
+    program: Program, activations: Mapping[str, Quantizer], readers: Mapping[str, frozenset[str]] | None = None
+) -> fx.Graph:
     """The program's graph with a snap after each site.
 
     Args:
-        activations: node name -> per-tensor quantizer. Outputs of the model stay unsnapped, as files keep them float.
+        activations: node name -> per-tensor quantizer, or one with a scale for each channel of the last axis. Outputs of the model stay
+            unsnapped, as files keep them float.
+        readers: see `Sites.readers`.
     """
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
@@ -54,15 +68,27 @@ def simulated_graph(program: Program, activations: Mapping[str, Quantizer]) -> f
         place = source
         while place.op == "placeholder" and place.next.op == "placeholder":
             place = place.next
-        scale = float(q.scale.float())
         with graph.inserting_after(place):
-            snapped = graph.call_function(snap, (source, scale, int(q.zero_point), q.format.low, q.format.high))
+            if q.axis is None:
+                snapped = graph.call_function(snap, (source, float(q.scale.float()), int(q.zero_point), q.format.low, q.format.high))
+            else:
+                snapped = graph.call_function(_channels_snap(q), (source,))
+        chosen = (readers or {}).get(node.name)
+        if chosen is not None:
+            for reader in program.graph.nodes:
+                if reader.name in chosen:
+                    for argument in reader.all_input_nodes:
+                        if base(argument) is node:
+                            raw[reader].replace_input_with(raw[argument], snapped)
+            continue
         for user in list(source.users):
             if user is not snapped and user.op != "output":
                 user.replace_input_with(source, snapped)
     return graph
 
 
-def simulate(program: Program, activations: Mapping[str, Quantizer]) -> ProgramModule:
+def simulate(program: Program, activations: Mapping[str, Quantizer], readers: Mapping[str, frozenset[str]] | None = None) -> ProgramModule:
     """A module that computes what the integer file computes. The program's tensors are used as they are (snapped by the caller)."""
-    return ProgramModule(program, simulated_graph(program, activations), {n: t.detach().clone() for n, t in program.tensors.items()})
+    return ProgramModule(
+        program, simulated_graph(program, activations, readers), {n: t.detach().clone() for n, t in program.tensors.items()}
+    )

@@ -8,7 +8,7 @@ operation that only moves data. A linear layer may leave floats, which is cheape
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
@@ -49,12 +49,15 @@ class Sites:
         grids: node name -> name of the node whose grid it uses (itself, or the one that it only moves).
         low, high: node name -> bound that a fused activation sets on the values, where there is one.
         layers: address of each layer that computes on integers -> its weight's name.
+        readers: node that a floating operation (or the caller) makes -> operations that take its codes, while all others go on with its
+            floats. Of a node that is absent every reader takes codes: it is made of integers.
     """
 
     grids: Mapping[str, str]
     low: Mapping[str, float]
     high: Mapping[str, float]
     layers: Mapping[str, str]
+    readers: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     @property
     def own(self) -> list[str]:
@@ -118,7 +121,39 @@ def find_sites(program: Program, layers: set[str]) -> Sites:
             low[name] = a
         if b is not None:
             high[name] = b
-    return Sites(shared, low, high, chosen)
+    readers = {n: _readers(program, names[n], grids, chosen) for n in ordered if not _made_of_integers(program, names[n], grids, chosen)}
+    return Sites(shared, low, high, chosen, {name: nodes for name, nodes in readers.items() if nodes})
+
+
+def _made_of_integers(program: Program, node: fx.Node, grids: Mapping[str, str], layers: Mapping[str, str]) -> bool:
+    """True if an integer kernel makes a node that has a grid, so that its codes are all there is of it."""
+    if node.op != "call_function":
+        return False
+    name = family(node)
+    if name in CONVOLUTIONS:
+        return program.origins[node.name].address in layers
+    if name in FUSED:
+        source: Any = node.args[0]
+        return _made_of_integers(program, base(source), grids, layers)
+    if name in JOINS or name in POOLS or name in MOVES or _is_zero_pad(node):
+        tensors = _tensors(program, node)
+        return len(tensors) == _operands(node) and all(base(t).name in grids for t in tensors)
+    return False
+
+
+def _readers(program: Program, node: fx.Node, grids: Mapping[str, str], layers: Mapping[str, str]) -> frozenset[str]:
+    """The operations that take a node's codes."""
+    found, waiting = set(), list(node.users)
+    while waiting:
+        user = waiting.pop()
+        if user.op != "call_function":
+            continue
+        layer = _is_layer(program, user) and program.origins[user.name].address in layers
+        if family(user) in IDENTITY:
+            waiting.extend(user.users)
+        elif user.name in grids or (layer and base(user.args[0]) is node) or (family(user) in JOINS and activated(user).name in grids):  # type: ignore[arg-type]
+            found.add(user.name)
+    return frozenset(found)
 
 
 def _operands(node: fx.Node) -> int:

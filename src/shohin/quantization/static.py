@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,15 +17,17 @@ from torch import Tensor, fx
 
 from shohin.data import Call
 from shohin.errors import DataError, PlanError
-from shohin.evidence.calibration import Method, Observer, Ranges, chosen_range, observe, site_methods
+from shohin.evidence.calibration import METHODS, Method, Observer, Ranges, chosen_range, observe, site_methods
 from shohin.evidence.ranges import grid
+from shohin.evidence.reach import reached
 from shohin.formats import Quantizer, named_format
 from shohin.program import Folded, Program, call_inputs, family, fold, interpret, joined_inputs
 from shohin.program.fold import CONVOLUTIONS
 from shohin.program.nodes import argument
 from shohin.program.program import shape_of
 from shohin.quantization.quantized import Quantized, address_of
-from shohin.quantization.sites import Sites, base, find_sites, quantizable
+from shohin.quantization.sites import FUSED, IDENTITY, MOVES, PADS, POOLS, Sites, base, find_sites, quantizable
+from shohin.quantization.smoothing import ROWS, Channels, columned, columns_of, even_rows, one_scale, readers_of, smoothed
 
 #: the least scale of each output channel of a weight (a target's rule, for example pair-safe scales), or None
 LeastScale = Callable[[Tensor, int], Tensor]
@@ -43,6 +46,7 @@ def quantize_program(
     weight_format: str = "int8",
     activation_format: str = "uint8",
     ranges: Ranges = "mse",
+    smoothing: bool = True,
     least_scale: LeastScale | None = None,
     correct_bias: bool = True,
 ) -> Quantized:
@@ -54,6 +58,9 @@ def quantize_program(
         calls: calibration batches, iterated twice.
         ranges: how ranges of activations are chosen, one of `shohin.evidence.calibration.METHODS`; or patterns of their addresses (an
             operation's, an input's name) to methods, of which the last one that matches decides, and "mse" where none does.
+        smoothing: give activations that floating operations make, and that linear layers alone read as codes, a scale for each channel
+            where that makes the layers' outputs more exact; their ranges are then chosen by that error. Not where another range method
+            than "mse" was asked for. See `shohin.quantization.smoothing`.
         least_scale: (weight, groups) -> least scale of each output channel, in the weight's unit.
 
     Raises:
@@ -69,10 +76,25 @@ def quantize_program(
         raise PlanError(f"{sorted(unknown)[0]!r} is not a convolution or linear layer with a weight of the model")
     methods = _methods(folded.program, sites, ranges)
     leading = _leading(folded.program, calls)
-    observers, means = _observe(folded.program, sites, calls, methods, len(leading))
+    masks = _masks(folded.program, sites, leading)
+    smooth = {site: names for site, names in _smoothable(folded.program, sites).items() if smoothing and methods[site] is METHODS["mse"]}
+    channels = {site: Channels(-(-ROWS // len(calls))) for site in smooth}
+    observers, means = _observe(folded.program, sites, calls, methods, len(leading), masks, channels)
     activations = _activation_quantizers(sites, observers, methods, activation_format)
     tensors = dict(folded.program.tensors)
-    weights = {}
+    weights: dict[str, Quantizer] = {}
+    for site, names in smooth.items():
+        q = smoothed(
+            channels[site],
+            [tensors[n] for n in names],
+            named_format(activation_format),
+            lambda w: weight_quantizer(w, weight_format, least_scale),
+        )
+        if q is not None:
+            activations[site], columns = q, columns_of(q)
+            for name in names:
+                over = weight_quantizer((tensors[name].detach() / columns).float(), weight_format, least_scale)
+                weights[name] = columned(over, columns)
     for node in folded.program.graph.nodes:
         origin = folded.program.origins.get(node.name)
         if origin and origin.address in sites.layers:
@@ -80,10 +102,10 @@ def quantize_program(
             if name not in weights:
                 groups = argument(node, 6, 1) if family(node) in CONVOLUTIONS else 1
                 weights[name] = weight_quantizer(tensors[name], weight_format, least_scale, groups)
-                tensors[name] = weights[name].fake(tensors[name].detach()).detach()
+    tensors |= {name: q.fake(tensors[name].detach()).detach() for name, q in weights.items()}
     program = replace(folded.program, tensors=tensors)
     if correct_bias:
-        program = replace(program, tensors=_corrected(program, sites, activations, leading, means))
+        program = replace(program, tensors=_corrected(program, sites, activations, leading, means, masks))
     program = replace(program, tensors=_with_integer_biases(program, sites, activations, weights))
     return Quantized(Folded(program, folded.folded), activations, weights, sites)
 
@@ -109,20 +131,72 @@ def _methods(program: Program, sites: Sites, ranges: Ranges) -> dict[str, Method
     return {name: chosen[addresses[name]] for name in sites.own}
 
 
+def _smoothable(program: Program, sites: Sites) -> dict[str, list[str]]:
+    """Activation -> weights of the linear layers that read it: made by a floating operation that no integer kernel may absorb, each weight
+    read once, and nothing else reads codes of it. Not behind a mean: OpenVINO fuses the factors into it and gets their axis wrong."""
+    nodes = {node.name: node for node in program.graph.nodes}
+    layers = {n.name: sites.layers[program.origins[n.name].address] for n in _integer_layers(program, sites)}
+    once = {weight for weight in layers.values() if list(layers.values()).count(weight) == 1}
+    linear = {name: weight for name, weight in layers.items() if family(nodes[name]) == "linear" and weight in once}
+    found = readers_of(linear, {name: nodes_ for name, nodes_ in sites.readers.items() if name in sites.own})
+    return {name: weights for name, weights in found.items() if _made_by(nodes[name]) not in {*FUSED, *PADS, *POOLS, "linear"}}
+
+
+def _made_by(node: fx.Node) -> str:
+    """The operation whose values these are, wherever they were moved."""
+    while node.op == "call_function" and (family(node) in MOVES or family(node) in IDENTITY):
+        source: Any = node.args[0]
+        node = source
+    return family(node) if node.op == "call_function" else "input"
+
+
+def _integer_layers(program: Program, sites: Sites) -> list[fx.Node]:
+    return [n for n in program.graph.nodes if n.op == "call_function" and program.origins[n.name].address in sites.layers]
+
+
+def _masks(program: Program, sites: Sites, calls: Sequence[Call]) -> dict[str, Tensor]:
+    """Linear layer on sequences -> which rows of these calls count, where padding that a mask hides does not."""
+    layers = {n.name: n.meta["val"].dim() - 1 for n in _integer_layers(program, sites) if family(n) == "linear" and n.meta["val"].dim() > 2}
+    found = reached(program, joined_inputs(program, calls, sum(call.size for call in calls)), layers)
+    return {name: rows for name, rows in found.items() if bool(rows.any()) and not bool(rows.all())}
+
+
 def _observe(
-    program: Program, sites: Sites, calls: Iterable[Call], methods: Mapping[str, Method], counted: int
+    program: Program,
+    sites: Sites,
+    calls: Iterable[Call],
+    methods: Mapping[str, Method],
+    counted: int,
+    masks: Mapping[str, Tensor],
+    channels: Mapping[str, Channels],
 ) -> tuple[dict[str, Observer], dict[str, tuple[Tensor, int]]]:
-    """What watched the sites that have their own grid, and channel sums of every integer layer's output over the first ``counted`` calls."""
+    """What watched the sites that have their own grid, and channel sums of every integer layer's output over the first ``counted`` calls.
+
+    Args:
+        masks: of these calls, see `_masks`.
+        channels: shown the activations of all calls; where there are masks, of these alone.
+    """
     observers = {name: method.observer(address_of(program, name)) for name, method in methods.items()}
     means: dict[str, tuple[Tensor, int]] = {}
     sums = True
+    done = dict.fromkeys(masks, 0)
+
+    def of_call(name: str, value: Tensor) -> Tensor | None:
+        """The part of a layer's mask that is of this call."""
+        count = value[..., 0].numel()
+        return masks[name][done[name] : done[name] + count] if name in masks else None
 
     def visit(node: fx.Node, value: Any, args: tuple[Any, ...]) -> Any:
         if node.name in observers:
             observe(observers[node.name], value)
         origin = program.origins[node.name]
+        if node.name in channels and (sums or not masks.keys() & sites.readers[node.name]):
+            used = [mask for reader in sites.readers[node.name] if (mask := of_call(reader, value)) is not None]
+            channels[node.name].update(even_rows(value, torch.stack(used).any(0) if used else None))
         if sums and origin.address in sites.layers:
-            total, count = _channel_sums(value, node)
+            total, count = _channel_sums(value, node, of_call(node.name, value))
+            if node.name in done:
+                done[node.name] += value[..., 0].numel()
             before = means.get(node.name)
             means[node.name] = (total, count) if before is None else (before[0] + total, before[1] + count)
         return value
@@ -135,6 +209,8 @@ def _observe(
             for name, x in zip(program.inputs, inputs, strict=True):
                 if name in observers:
                     observe(observers[name], x)
+                if name in channels:
+                    channels[name].update(even_rows(x, None))
             interpret(program, program.graph, tensors, inputs, visit)
     return observers, means
 
@@ -153,8 +229,14 @@ def _leading(program: Program, calls: Sequence[Call]) -> list[Call]:
     return found
 
 
-def _channel_sums(value: Tensor, node: fx.Node) -> tuple[Tensor, int]:
-    """The sum of each channel: within a sample in the tensor's own precision, which is far faster, over samples in float64."""
+def _channel_sums(value: Tensor, node: fx.Node, mask: Tensor | None) -> tuple[Tensor, int]:
+    """The sum of each channel: within a sample in the tensor's own precision, which is far faster, over samples in float64.
+
+    Args:
+        mask: which rows of a linear layer's output count; None for all.
+    """
+    if mask is not None:
+        return value.reshape(-1, value.shape[-1])[mask].double().sum(0), int(mask.sum())
     axis = _channel_axis(node, value)
     inner = [d for d in range(1, value.dim()) if d != axis]
     sums = value.sum(inner) if inner else value
@@ -224,28 +306,52 @@ def _error(flat: Tensor, scale: Tensor, high: int) -> Tensor:
 
 
 def _corrected(
-    program: Program, sites: Sites, activations: Mapping[str, Quantizer], calls: Sequence[Call], means: Mapping[str, tuple[Tensor, int]]
+    program: Program,
+    sites: Sites,
+    activations: Mapping[str, Quantizer],
+    calls: Sequence[Call],
+    means: Mapping[str, tuple[Tensor, int]],
+    masks: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Tensors with corrected biases. All these calls go through each layer before the next is corrected; the means are theirs, too."""
     tensors = dict(program.tensors)
     running = _channels_last(program)
     joined = joined_inputs(program, calls, sum(call.size for call in calls))
-    grids = {name: (float(q.scale.float()), int(q.zero_point), q.format.low, q.format.high) for name, q in activations.items()}
+    grids: dict[str, Callable[[Tensor], Tensor]] = {name: partial(_snapped, q) for name, q in activations.items()}
+    codes: dict[str, Tensor] = {}
+
+    def feed(node: fx.Node, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What integers read of an activation that floating operations make."""
+        snapped = [
+            codes[base(given).name]
+            if isinstance(given, fx.Node) and base(given).name in codes and node.name in sites.readers[base(given).name]
+            else value
+            for given, value in zip(node.args, args, strict=True)
+        ]
+        return tuple(snapped)
+
+    def kept(name: str, value: Tensor) -> Tensor:
+        if name not in grids:
+            return value
+        if name not in sites.readers:
+            return grids[name](value)
+        codes[name] = grids[name](value)
+        return value
 
     def visit(node: fx.Node, value: Any, args: tuple[Any, ...]) -> Any:
         if node.name in means and len(node.args) > 2 and isinstance(node.args[2], fx.Node):
-            total, count = _channel_sums(value, node)
+            total, count = _channel_sums(value, node, masks.get(node.name))
             shift = means[node.name][0] / means[node.name][1] - total / count
             name = program.names[node.args[2].name]
             tensors[name] = (tensors[name].detach().double() + shift).to(tensors[name].dtype)
             shape = [1] * value.dim()
             shape[_channel_axis(node, value)] = -1
             value.add_(shift.to(value.dtype).reshape(shape))
-        return _snapped(value, grids[node.name]) if node.name in grids else value
+        return kept(node.name, value)
 
     with torch.no_grad():
-        inputs = [_snapped(x, grids[name]) if name in grids else x for name, x in zip(program.inputs, joined, strict=True)]
-        interpret(program, program.graph, running, tuple(inputs), visit)
+        inputs = [kept(name, x) for name, x in zip(program.inputs, joined, strict=True)]
+        interpret(program, program.graph, running, tuple(inputs), visit, feed)
     return tensors
 
 
@@ -267,13 +373,15 @@ def _with_integer_biases(
         if data is None:
             continue
         name = program.names[bias.name]
-        step = (data.scale.float() * weights[sites.layers[program.origins[node.name].address]].scale.float()).double()
+        step = (one_scale(data).scale.float() * weights[sites.layers[program.origins[node.name].address]].scale.float()).double()
         codes = (tensors[name].detach().double() / step).round()
         if bool((codes.abs() <= BIAS_LIMIT).all()):
             tensors[name] = (codes * step).to(tensors[name].dtype)
     return tensors
 
 
-def _snapped(x: Tensor, g: tuple[float, int, int, int]) -> Tensor:
+def _snapped(q: Quantizer, x: Tensor) -> Tensor:
     """On the grid in one pass over memory: where a value lies halfway between codes, it may be the other one than `simulate` takes."""
-    return torch.fake_quantize_per_tensor_affine(x, *g)
+    if q.axis is not None:
+        return q.fake(x)
+    return torch.fake_quantize_per_tensor_affine(x, float(q.scale.float()), int(q.zero_point), q.format.low, q.format.high)

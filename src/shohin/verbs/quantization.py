@@ -28,6 +28,7 @@ def quantize(
     target: str | Target = "onnxruntime",
     *,
     ranges: str | Mapping[str, str] = "mse",
+    smoothing: bool = True,
     rounding: str = "auto",
     samples: int = 512,
     seed: int = 0,
@@ -43,6 +44,9 @@ def quantize(
             99.9" for another share), "entropy" (least divergence of the histogram), "minmax" or "moving" (moving average of each
             batch's minimum and maximum). Or patterns of activation addresses (the names in ``.evidence`` that are not parameters) to
             methods; the last pattern that matches decides, "mse" where none does, and a pattern that matches nothing is an error.
+        smoothing: divide activations of "int8" layers that floating operations make (normalization, GELU, attention) by a factor for each
+            channel, which the weights of the linear layers that read them take (SmoothQuant, Xiao et al. 2023; how far is chosen for each
+            by the error of those layers). Only where it helps, and where ``ranges`` says "mse".
         rounding: of weights beside float activations: "nearest" and "hqq" (neither needs data), "gptq", "descent" (GPTQ, then scales and
             codes in turn), or "auto": "descent" where ``data`` has batches, else "nearest".
         samples: of the calibration batches.
@@ -77,7 +81,8 @@ def quantize(
         if static and not data.has_batches:
             raise DataError("static quantization needs calibration batches: give Data(train=loader)")
         calls = calibration(data, seed, samples) if data.has_batches else []
-        quantized = quantize_layers(program, calls, chosen, rounding=rounding, ranges=ranges, least_scale=goal.least_scale(), seed=seed)
+        options: dict[str, Any] = {"rounding": rounding, "ranges": ranges, "smoothing": smoothing}
+        quantized = quantize_layers(program, calls, chosen, **options, least_scale=goal.least_scale(), seed=seed)
         own = {
             id(t): (nn.Parameter(t.detach().clone(), t.requires_grad) if isinstance(t, nn.Parameter) else t.detach().clone())
             for t in (*model.parameters(), *model.buffers())
@@ -88,6 +93,7 @@ def quantize(
         notes: dict[str, Any] = {"format": format if isinstance(format, str) else dict(format)}
         if static:
             notes["ranges"] = ranges if isinstance(ranges, str) else dict(ranges)
+            notes["smoothed"] = [a for a, q in quantized.by_address().items() if q.axis == -1]
         if any(map(is_scheme, chosen.values())):
             notes |= {"rounding": rounding, "float": left}
         return Candidate("quantized", plan, snapped, quantized.view(), quantized.by_address(), notes=notes)

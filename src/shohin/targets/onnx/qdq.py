@@ -8,7 +8,8 @@ integer kernels, which is twice as slow as no quantization.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from shohin.errors import TargetError
 from shohin.formats import Quantizer
-from shohin.targets.onnx.edges import Edges, Layer, array
+from shohin.targets.onnx.edges import CLIPS, MOVEMENT, Edges, Layer, array
 from shohin.targets.onnx.rewrite import drop_unused
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def insert_qdq(
         _quantize_layer(model, edges, layer, weights[layer.weight], activations.get(layer.input))
     for name in weights.keys() - {layer.weight for layer in chosen}:
         _quantize_other(model, edges, name, weights[name], owned)
-    _quantize_activations(model, activations)
+    _quantize_activations(model, activations, {layer.node.name for layer in chosen})
     drop_unused(model)
 
 
@@ -87,11 +88,42 @@ def _replace(model: onnx.ModelProto, name: str, value: NDArray[Any]) -> None:
     _add(model, name, value)
 
 
-def _quantize_activations(model: onnx.ModelProto, activations: Mapping[str, Quantizer]) -> None:
+#: operators with an integer kernel that takes codes and gives codes
+_JOINS = frozenset({"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "Pad"}) | MOVEMENT
+
+
+def _made_of_integers(edges: Edges, name: str, activations: Mapping[str, Quantizer], layers: Container[str]) -> bool:
+    """True if an integer kernel makes a tensor that has a grid, so that its codes are all there is of it."""
+    node = edges.producer.get(name)
+    if node is None:
+        return False
+    if node.op_type in CLIPS:
+        return _made_of_integers(edges, node.input[0], activations, layers)
+    if node.op_type in ("Conv", "ConvTranspose"):
+        return node.name in layers
+    return node.op_type in _JOINS and all(i in activations for i in node.input if i in edges.producer or i in edges.inputs)
+
+
+def _takes_codes(edges: Edges, node: onnx.NodeProto, activations: Mapping[str, Quantizer], layers: Container[str]) -> bool:
+    """True for an operation with an integer kernel: a quantized layer, or what gives codes itself."""
+    if node.name in layers:
+        return True
+    return node.op_type in _JOINS and any(o in activations or edges.after_clip(o) in activations for o in node.output)
+
+
+def _quantize_activations(model: onnx.ModelProto, activations: Mapping[str, Quantizer], layers: Container[str]) -> None:
+    """What floating operations make is read as codes by integer kernels alone; all others go on with its floats.
+
+    Args:
+        layers: names of the quantized layers' nodes.
+    """
     from onnx import helper
 
+    edges = Edges(model)
     made: dict[str, list[onnx.NodeProto]] = {}
     read: dict[str, str] = {}
+    readers = {name: [_takes_codes(edges, node, activations, layers) for node in edges.reads(name)] for name in activations}
+    floats = {name for name, taken in readers.items() if any(taken) and not _made_of_integers(edges, name, activations, layers)}
     for name, quantizer in activations.items():
         scale = _add(model, f"{name}_scale", np.asarray(float(quantizer.scale), dtype=np.float32))
         zero = _add(model, f"{name}_zero_point", np.asarray(int(quantizer.zero_point), dtype=_dtype(quantizer)))
@@ -104,7 +136,8 @@ def _quantize_activations(model: onnx.ModelProto, activations: Mapping[str, Quan
     for item in model.graph.input:
         nodes += made.get(item.name, [])
     for node in model.graph.node:
-        node.input[:] = [read.get(i, i) for i in node.input]
+        codes = _takes_codes(edges, node, activations, layers)
+        node.input[:] = [read[i] if i in read and (codes or i not in floats) else i for i in node.input]
         nodes.append(node)
         for name in node.output:
             nodes += made.get(name, [])
@@ -118,7 +151,48 @@ def _weight_axis(layer: Layer, quantizer: Quantizer) -> int | None:
     return 1 - quantizer.axis if layer.transposed else quantizer.axis
 
 
+def smooth(
+    model: onnx.ModelProto, activations: Mapping[str, Quantizer], layers: Sequence[Layer], weights: Container[str]
+) -> dict[str, Quantizer]:
+    """Divides activations that have a scale for each channel by their factors, in place, for the layers that read their codes.
+
+    Args:
+        activations: tensor name -> quantizer; of those with an axis the largest scale is that of the codes.
+        layers: of the model.
+        weights: names of the weights that are quantized.
+
+    Returns:
+        Quantizers with one scale, by the names of the tensors that now hold what is quantized.
+
+    Raises:
+        TargetError: if no quantized linear layer reads such an activation, or its scales do not fit.
+    """
+    from onnx import helper
+
+    out = dict(activations)
+    for name, quantizer in activations.items():
+        if quantizer.axis is None:
+            continue
+        readers = [layer for layer in layers if layer.weight in weights and layer.node.input[0] == name]
+        if not readers:
+            raise TargetError(f"activation {name!r} needs one scale: no quantized linear layer reads its codes")
+        scale = quantizer.scale.float().double()
+        factors = _add(model, f"{name}_factors", (scale.max() / scale).float().numpy())
+        node = helper.make_node("Mul", [name, factors], [f"{name}.even"], name=f"{name}.even")
+        at = min(list(model.graph.node).index(layer.node) for layer in readers)
+        model.graph.node.insert(at, node)
+        for layer in readers:
+            layer.node.input[0] = f"{name}.even"
+        del out[name]
+        out[f"{name}.even"] = Quantizer(quantizer.format, quantizer.scale.max(), quantizer.zero_point[0])
+    return out
+
+
 def _codes(quantizer: Quantizer, value: NDArray[Any], axis: int | None) -> NDArray[Any]:
+    if quantizer.columns is not None:  # a matrix [O, I], or its transpose
+        oriented = value if axis == quantizer.axis else value.T
+        found = quantizer.codes(torch.from_numpy(np.array(oriented))).numpy().astype(_dtype(quantizer))
+        return np.asarray(found if axis == quantizer.axis else found.T)
     moved = Quantizer(quantizer.format, quantizer.scale, quantizer.zero_point, axis)
     return np.asarray(moved.codes(torch.from_numpy(np.array(value))).numpy().astype(_dtype(quantizer)))
 
@@ -175,7 +249,7 @@ def _room_for_bias(quantizer: Quantizer, bias: NDArray[Any], data: Quantizer) ->
     least = least.max() if quantizer.axis is None else least
     if bool((quantizer.scale >= least).all()):
         return quantizer
-    return Quantizer(quantizer.format, torch.maximum(quantizer.scale, least), quantizer.zero_point, quantizer.axis)
+    return replace(quantizer, scale=torch.maximum(quantizer.scale, least))
 
 
 def _quantize_other(model: onnx.ModelProto, edges: Edges, name: str, quantizer: Quantizer, owned: set[str]) -> None:

@@ -33,7 +33,8 @@ class Runner:
     """A file as a callable with the torch model's signature: tensors in, the model's output structure out.
 
     Args:
-        path: an ONNX file. One that Shohin did not write takes its inputs by position and returns a tensor or a tuple.
+        path: an ONNX file, or one of OpenVINO's own format (xml). One that Shohin did not write takes its inputs by position and returns a
+            tensor or a tuple.
         threads: of the runtime.
 
     Raises:
@@ -43,7 +44,7 @@ class Runner:
     def __init__(self, path: str | Path, *, threads: int = 1) -> None:
         self.path = Path(path)
         self.compiled = compiled(path, threads)
-        self.signature: Signature | None = read_signature(path)
+        self.signature: Signature | None = read_signature(path) if self.path.suffix == ".onnx" else None
         self.names: list[str] = [i.get_any_name() for i in self.compiled.inputs]
 
     def feed(self, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> dict[str, NDArray[Any]]:

@@ -1,0 +1,141 @@
+"""Smoothing: a factor for each channel of an activation that floating operations make, so that one outlying channel does not take the
+codes of all others; the weights of the layers that read it take the inverse, so that nothing but rounding changes.
+
+Xiao et al., "SmoothQuant" (2211.10438), section 4: ``c = max|x|^a / max|w|^(1 - a)``. There the factors are folded into the operation
+before; here they belong to the grid of the activation (a scale for each channel), so that what else reads it is not touched, and how
+far the difficulty moves, ``a``, is chosen for each activation by the squared error of what its layers give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shohin.evidence.ranges import grid
+from shohin.formats import Format, Quantizer
+
+#: how much of the range's difficulty moves to the weights, of which the best is taken; None is no smoothing at all
+SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+#: of the range of the smoothed activation
+CLIPS = (1.0, 0.9, 0.8, 0.7)
+#: rows that the error is measured on
+ROWS = 512
+#: least share of the plain error that must go, or the activation keeps one scale
+GAIN = 0.05
+
+
+@dataclass
+class Channels:
+    """What was seen of an activation: the range of each channel, and rows spread evenly over the batches.
+
+    Args:
+        each: most rows kept of one batch.
+    """
+
+    each: int
+    low: Tensor | None = None
+    high: Tensor | None = None
+    rows: list[Tensor] | None = None
+
+    def update(self, x: Tensor) -> None:
+        """Takes rows ``[n, F]``."""
+        if not len(x):
+            return
+        low, high = x.amin(0), x.amax(0)
+        self.low = low if self.low is None else torch.minimum(self.low, low)
+        self.high = high if self.high is None else torch.maximum(self.high, high)
+        self.rows = [*(self.rows or []), x[:: -(-len(x) // self.each)].clone()]
+
+
+Weigh = Callable[[Tensor], Quantizer]
+"""A weight ``[O, F]`` to its quantizer, one scale for each output."""
+
+
+def smoothed(seen: Channels, weights: Sequence[Tensor], form: Format, weigh: Weigh, shares: Iterable[float] = SHARES) -> Quantizer | None:
+    """The grid of an activation with a scale for each channel; None where one scale for all is as good.
+
+    Args:
+        seen: of the activation.
+        weights: ``[O, F]`` of each layer that reads it.
+        form: of the activation.
+        weigh: how the weights are quantized.
+        shares: of the difficulty, that are tried.
+
+    Returns:
+        A quantizer with ``axis=-1``: scales ``[F]`` of which the largest is that of the codes (see `columns_of`), one zero point for all.
+    """
+    if seen.rows is None or seen.low is None or seen.high is None:
+        return None
+    rows = torch.cat(seen.rows)
+    rows = rows[:: -(-len(rows) // ROWS)].double()
+    low, high = seen.low.double(), seen.high.double()
+    most = torch.maximum(-low, high).clamp_min(0.0)
+    if not bool(most.max() > 0):
+        return None
+    weight = torch.cat([w.detach().double() for w in weights])
+    wanted = rows @ weight.T
+    strong = weight.abs().amax(0)
+    least_range, least_weight = float(most.max()) * 1e-4, max(float(strong.max()) * 1e-4, 1e-30)
+
+    def judged(factors: Tensor) -> tuple[float, Quantizer]:
+        quantized = _on_columns(weight, factors, weigh)
+        tried = []
+        for clip in CLIPS:
+            q = _grid(low / factors, high / factors, factors, clip, form)
+            tried.append((float((q.fake(rows) @ quantized.T - wanted).square().sum()), q))
+        return min(tried, key=lambda pair: pair[0])
+
+    plain, _ = judged(torch.ones_like(low))
+    found = []
+    for share in shares:
+        factors = most.clamp_min(least_range) ** share / strong.clamp_min(least_weight) ** (1 - share)
+        found.append(judged(factors / factors.max()))
+    best, q = min(found, key=lambda pair: pair[0])
+    return q if best < (1 - GAIN) * plain else None
+
+
+def _grid(low: Tensor, high: Tensor, factors: Tensor, clip: float, form: Format) -> Quantizer:
+    scale, zero = grid(float(low.min()) * clip, float(high.max()) * clip, form)
+    scales = (scale * factors).float().double()
+    return Quantizer(form, scales, torch.full((len(factors),), zero), axis=-1)
+
+
+def _on_columns(weight: Tensor, factors: Tensor, weigh: Weigh) -> Tensor:
+    return weigh(weight * factors).fake(weight * factors) / factors
+
+
+def columns_of(activation: Quantizer) -> Tensor:
+    """The factors ``[F]`` of the columns of a weight that reads a smoothed activation: its largest scale over each scale."""
+    scale = activation.scale.float().double()
+    return scale.max() / scale
+
+
+def one_scale(activation: Quantizer) -> Quantizer:
+    """The grid on which the codes of a smoothed activation are read, its largest scale; any other quantizer as it is."""
+    if activation.axis is None:
+        return activation
+    return Quantizer(activation.format, activation.scale.max(), activation.zero_point[0])
+
+
+def columned(quantizer: Quantizer, columns: Tensor) -> Quantizer:
+    """A weight's quantizer, made for the weight over ``columns``, as one for the weight itself."""
+    return Quantizer(quantizer.format, quantizer.scale, quantizer.zero_point, quantizer.axis, columns=columns)
+
+
+def even_rows(value: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows ``[n, F]`` of an activation ``[..., F]`` that count."""
+    rows = value.detach().reshape(-1, value.shape[-1])
+    return rows if mask is None else rows[mask]
+
+
+def readers_of(layers: Mapping[str, str], readers: Mapping[str, frozenset[str]]) -> dict[str, list[str]]:
+    """Activation -> weights of the layers that alone read its codes, for activations that nothing else reads as codes.
+
+    Args:
+        layers: name of a linear layer's node -> its weight, for weights that no other layer reads.
+        readers: activation -> nodes that read its codes.
+    """
+    return {name: [layers[node] for node in sorted(nodes)] for name, nodes in readers.items() if nodes and nodes <= layers.keys()}
