@@ -19,7 +19,7 @@ from torch import nn
 
 import shohin
 from quantizing.costs import Costs
-from quantizing.integers import DYNAMIC, FOLDER, OURS
+from quantizing.integers import DYNAMIC, FOLDER, OURS, runtime
 from quantizing.onnx_text import onnx_file
 from quantizing.tasks import TASKS, Batch, data
 
@@ -72,9 +72,9 @@ def onnxruntime(source: Path, batches: Sequence[Batch], method: str, path: Path)
         )
 
 
-def ours(model: nn.Module, known: shohin.Data) -> shohin.Candidate:
+def ours(model: nn.Module, known: shohin.Data, target: str) -> shohin.Candidate:
     """Shohin, with its defaults."""
-    return shohin.quantize(model, known, "int8")
+    return shohin.quantize(model, known, "int8", target)
 
 
 def main() -> None:
@@ -87,10 +87,11 @@ def main() -> None:
     small, little = tiny()
     run: Callable[[], Any]
     task = TASKS[name]()
-    if method == OURS:
-        ours(small, shohin.Data(train=little))
+    mine = method in OURS.values()
+    if mine:
+        ours(small, shohin.Data(train=little), runtime(method))
         model, known = task.model(), data(task)
-        run = lambda: ours(model, known)  # noqa: E731
+        run = lambda: ours(model, known, runtime(method))  # noqa: E731
     else:
         with tempfile.TemporaryDirectory() as folder:
             begun = onnx_file(small, little[0], Path(folder) / "tiny.onnx")
@@ -100,8 +101,8 @@ def main() -> None:
     with Costs() as costs:
         made = run()
     record = {"seconds": costs.seconds, "megabytes": costs.megabytes}
-    if method == OURS:
-        shipped = shohin.export(made, known, path=path)
+    if mine:
+        shipped = shohin.export(made, known, runtime(method), path)
         record |= {"departs": list(shipped.notes["parity"]["departs"])}
     print(json.dumps(record))
 

@@ -3,7 +3,7 @@
 Every method starts from the same network and sees the same samples without labels. Each runs in a process of its own, after it has
 quantized a tiny network, so that imports count neither as time nor as memory: processor seconds from the network in its framework (a
 file for those that start from one) to its integer form, and by how much the peak of memory rose meanwhile. The answers of the file, in
-the runtime that it was made for, are judged against the float network. Files for ONNX Runtime are timed together.
+the runtime that it was made for, are judged against the float network. The files of each runtime are timed together.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from quantizing.tasks import TASKS, Task, answers, packed
 from records import HERE, Book, Record, interpreter, process
 
 FOLDER = CACHE / "int8"
-OURS = "shohin"
+#: runtime -> our method
+OURS = {"onnxruntime": "shohin: onnxruntime", "openvino": "shohin: openvino"}
 ONNX_RUNTIME = tuple(
     f"onnxruntime: {kind}, {ranges}" for kind in ("u8s8 7-bit", "u8s8", "u8u8") for ranges in ("minmax", "percentile 99.99")
 )
@@ -37,7 +39,7 @@ DEMANDED = {"faster": 1.0, "peer": 1.05, "agree": 0.97, "accuracy": 0.3, "drop":
 
 def methods(task: str) -> tuple[str, ...]:
     """Those that apply to a network."""
-    return (OURS, *ONNX_RUNTIME, *((DYNAMIC,) if task == "minilm" else ()), *NNCF)
+    return (*OURS.values(), *ONNX_RUNTIME, *((DYNAMIC,) if task == "minilm" else ()), *NNCF)
 
 
 def prepared(task: Task) -> Path:
@@ -56,7 +58,7 @@ def prepared(task: Task) -> Path:
 def attempt(task: Task, method: str) -> Record | str:
     """The record of one run."""
     folder = prepared(task)
-    path = folder / f"{method.replace(': ', '-').replace(', ', '-').replace(' ', '-')}.onnx"
+    path = _file(folder, method)
     if method.startswith("nncf"):
         script = Path(__file__).with_name("nncf_int8.py")
         done = subprocess.run(
@@ -73,19 +75,31 @@ def attempt(task: Task, method: str) -> Record | str:
         if isinstance(said, str):
             return said
         record = said
-        found = answers(shohin.Target("onnxruntime").runner(path), task.asked())
+        found = answers(shohin.Target(runtime(method)).runner(path), task.asked())
     record |= {"model": task.name, "method": method, "bytes": record.get("bytes", path.stat().st_size if path.exists() else 0)}
     return record | {"judged": task.judge(found.astype(np.float64), np.load(folder / "float.npy"))}
 
 
-def latencies(task: Task, names: list[str]) -> dict[str, dict[str, float]]:
-    """Of the files for ONNX Runtime, as ratios to the float file's: median, least and most of five processes, in turns."""
-    folder = prepared(task)
-    files = {name: folder / f"{name.replace(': ', '-').replace(', ', '-').replace(' ', '-')}.onnx" for name in names}
-    files = {"float": folder / "float.onnx", **{name: path for name, path in files.items() if path.exists()}}
+def runtime(method: str) -> str:
+    """In which a method's file runs."""
+    return "openvino" if "openvino" in method else "onnxruntime"
+
+
+def _file(folder: Path, method: str) -> Path:
+    name = method.replace(": ", "-").replace(", ", "-").replace(" ", "-")
+    return folder / (f"{name}.xml" if method.startswith("nncf: openvino") else f"{name}.onnx")
+
+
+def latencies(task: Task, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Of all files, runtime by runtime, as ratios to the float file's: median, least and most of five processes, in turns."""
+    folder, out = prepared(task), {}
     example = {name: t[:1] for name, t in task.learned()[0].items()}
-    found = shohin.Target("onnxruntime").compare(files, (), kwargs=example, reference="float")
-    return {name: {"ratio": r.ratio, "low": r.low, "high": r.high, "ms": r.timing.value} for name, r in found.items()}
+    for kind in OURS:
+        files = {name: _file(folder, name) for name in names if runtime(name) == kind and _file(folder, name).exists()}
+        files = {f"float: {kind}": folder / "float.onnx", **files}
+        found = shohin.Target(kind).compare(files, (), kwargs=example, reference=f"float: {kind}")
+        out |= {name: {"ratio": r.ratio, "low": r.low, "high": r.high, "ms": r.timing.value} for name, r in found.items()}
+    return out
 
 
 def key(record: Record) -> tuple[str, str]:
@@ -94,28 +108,27 @@ def key(record: Record) -> tuple[str, str]:
 
 
 def verdicts(records: list[Record], whole: dict[str, Any]) -> dict[str, Any]:
-    """What the project demands of itself, network by network."""
+    """What the project demands of itself, network by network and runtime by runtime."""
     found: dict[str, Any] = {}
     for model in dict.fromkeys(r["model"] for r in records):
-        rows = {r["method"]: r for r in records if r["model"] == model}
-        times, mine = whole.get(model, {}), rows.get(OURS)
-        peers = {name: r for name, r in rows.items() if name != OURS}
-        if mine is None or not peers:
-            continue
-        best = max(peers, key=lambda name: float(peers[name]["judged"]["snr"]))
-        said: dict[str, Any] = {"snr": [mine["judged"]["snr"], best, peers[best]["judged"]["snr"]]}
-        said["snr_met"] = mine["judged"]["snr"] > peers[best]["judged"]["snr"]
-        if OURS in times:
-            fast = min((n for n in times if n not in (OURS, "float")), key=lambda n: float(times[n]["ratio"]), default=None)
-            said["float_ratio"] = times[OURS]["ratio"]
-            said["faster_met"] = times[OURS]["ratio"] <= DEMANDED["faster"]
-            if fast:
-                said["peer_ratio"] = [times[OURS]["ratio"] / times[fast]["ratio"], fast]
-                said["peer_met"] = said["peer_ratio"][0] <= DEMANDED["peer"]
-        if (nncf := rows.get(NNCF[0])) is not None:
-            said["seconds"] = mine["seconds"] / nncf["seconds"]
-            said["memory"] = mine["megabytes"] / max(nncf["megabytes"], 1e-9)
-        found[model] = said
+        rows, times = {r["method"]: r for r in records if r["model"] == model}, whole.get(model, {})
+        peers = {name: r for name, r in rows.items() if not name.startswith("shohin")}
+        for kind, mine in OURS.items():
+            if mine not in rows or not peers:
+                continue
+            best = max(peers, key=lambda name: float(peers[name]["judged"]["snr"]))
+            own, theirs = rows[mine]["judged"]["snr"], peers[best]["judged"]["snr"]
+            said: dict[str, Any] = {"fidelity": {"db": own, "peer": best, "peer_db": theirs, "met": own > theirs}}
+            fast = min((n for n in peers if n in times and runtime(n) == kind), key=lambda n: float(times[n]["ratio"]), default=None)
+            if mine in times:
+                ratio = times[mine]["ratio"]
+                said["float"] = {"ratio": ratio, "met": ratio <= DEMANDED["faster"]}
+                if fast:
+                    said["peer"] = {"ratio": ratio / times[fast]["ratio"], "peer": fast}
+                    said["peer"]["met"] = said["peer"]["ratio"] <= DEMANDED["peer"]
+            if (nncf := rows.get(NNCF[0])) is not None:
+                said["cost"] = {"seconds": rows[mine]["seconds"] / nncf["seconds"], "memory": rows[mine]["megabytes"] / nncf["megabytes"]}
+            found[f"{model}, {kind}"] = said
     return found
 
 
@@ -139,17 +152,22 @@ def table(records: list[Record], whole: dict[str, Any]) -> str:
             cost = f"{r['bytes'] / 1e6:.2f} MB | {r['seconds']:.1f} | {r['megabytes']:.0f} MB"
             lines.append(f"| {r['method']} | {r['judged']['snr']:.2f} | {values} | {ratio} | {cost} |")
         lines.append("")
-        if said := found.get(model):
-            mine, best, theirs = said["snr"]
-            lines.append(f"- fidelity: {mine:.2f} dB, best peer {best} {theirs:.2f} dB: {'met' if said['snr_met'] else 'not met'}")
-            if "float_ratio" in said:
-                lines.append(f"- latency: {said['float_ratio']:.3f} of float: {'met' if said['faster_met'] else 'not met'}")
-            if "peer_ratio" in said:
-                ratio, peer = said["peer_ratio"]
-                lines.append(f"- latency: {ratio:.3f} of the fastest peer's ({peer}): {'met' if said['peer_met'] else 'not met'}")
-            if "seconds" in said:
-                lines.append(f"- cost: {said['seconds']:.2f} of NNCF's seconds, {said['memory']:.2f} of its memory (0.5 demanded)")
-            lines.append("")
+        for kind in OURS:
+            if (said := found.get(f"{model}, {kind}")) is None:
+                continue
+            met = {name: "met" if part.get("met") else "not met" for name, part in said.items()}
+            near = said["fidelity"]
+            lines.append(f"- {kind}: {near['db']:.2f} dB, best peer {near['peer']} {near['peer_db']:.2f} dB: {met['fidelity']}")
+            if "float" in said:
+                lines.append(f"- {kind}: {said['float']['ratio']:.3f} of the float file's latency: {met['float']}")
+            if "peer" in said:
+                lines.append(f"- {kind}: {said['peer']['ratio']:.3f} of the fastest peer's latency ({said['peer']['peer']}): {met['peer']}")
+            if "cost" in said:
+                lines.append(
+                    f"- {kind}: {said['cost']['seconds']:.2f} of the seconds and {said['cost']['memory']:.2f} of the memory of NNCF in OpenVINO"
+                    f" ({DEMANDED['cost']} demanded of EfficientNet-Lite0)"
+                )
+        lines.append("")
     return "\n".join(lines)
 
 
@@ -183,7 +201,7 @@ def main(arguments: list[str]) -> int:
                 continue
             print(name, method, json.dumps(record["judged"]), f"{record['seconds']:.1f} s", flush=True)
             book.add(record)
-        book.add(whole={name: latencies(task, list(methods(name)))})
+        book.add(whole={name: latencies(task, methods(name))})
     book.show()
     return int(failed)
 

@@ -74,7 +74,7 @@ def main() -> None:
         quantized(ov.convert_model(small, example_input=torch.zeros(1, 3, 8, 8)), [b["x"] for b in little], method, False)
         with Costs() as costs:
             made = quantized(core.read_model(str(folder / "float.onnx")), samples, method, transformer)
-        path = out.with_suffix(".xml")
+        path = out
         ov.save_model(made, str(path), compress_to_fp16=False)
         runner = core.compile_model(str(path), "CPU", CPU)
         answers = [runner(batch)[0] for batch in batches(folder / "asked.npz")]
