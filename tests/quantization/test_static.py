@@ -19,7 +19,7 @@ from shohin.program.fold import CONVOLUTIONS
 from shohin.quantization import Quantized, find_sites, quantizable, quantize_program, weight_quantizer
 from shohin.quantization.sites import MOVES, activated, base
 from shohin.targets import get_target
-from shohin.targets.onnxruntime.pair_safe import may_saturate, pair_safe_scale
+from shohin.targets.onnx.pair_safe import may_saturate, pair_safe_scale
 
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "2d": (lambda: nets.Residual2d(), (3, 12, 12)),

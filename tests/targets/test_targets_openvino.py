@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from shohin.errors import TargetError
 from shohin.pipeline.ship import lower_program, lower_quantized
 from shohin.program import capture
 from shohin.quantization import Quantized, quantizable, quantize_program
-from shohin.targets import Target, get_target
+from shohin.targets import Target, cpu, get_target
 from shohin.targets.onnxruntime.session import Runner
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="needs the extra openvino")
@@ -104,6 +107,42 @@ def test_a_grid_between_a_convolution_and_its_sum_is_named(tmp_path: Path) -> No
     assert any("does not round here" in text for text in target.check(tmp_path / "other.onnx", {}))
     _, _, notes = lower_quantized(target, made, tmp_path / "m.onnx", (x,), {})
     assert any("adds inside the convolution" in text for text in notes) and target.check(tmp_path / "m.onnx", {}) == []
+
+
+ANSWER = """
+import sys
+import numpy as np
+from shohin.targets import timing
+np.save(sys.argv[3], np.concatenate([timing.compiled(path, 1)(np.load(sys.argv[1]))[0] for path in sys.argv[4:]]), allow_pickle=False)
+"""
+
+
+@pytest.mark.skipif("avx2" not in cpu.flags(), reason="needs AVX2")
+@pytest.mark.parametrize("channels", [3, 16])
+def test_a_file_gives_the_same_answers_on_a_cpu_without_vnni(channels: int, tmp_path: Path) -> None:
+    """The kernels for AVX2, asked for by oneDNN's own switch: at our scales they give the same; at full 8 bits they saturate."""
+    model = nn.Sequential(
+        nn.Conv2d(channels, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 1), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 4)
+    ).eval()
+    with torch.no_grad():
+        for layer in (model[0], model[2]):  # neighbours of one sign and size
+            layer.weight.copy_(torch.rand_like(layer.weight) * 0.2 + 0.9)
+            layer.bias.fill_(-float(layer.weight[0].sum()) / 3)
+    x = torch.rand(16, channels, 8, 8)
+    program, calls = capture(model, (x,)), list(shohin.Data(train=[x]).calls("train"))
+    target, files = get_target("openvino"), []
+    for name, rule in (("safe", target.least_scale()), ("full", None)):
+        made = quantize_program(program, set(quantizable(program)), calls, least_scale=rule)
+        lower_quantized(target, made, tmp_path / f"{name}.onnx", (x,), {})
+        files.append(str(tmp_path / f"{name}.onnx"))
+    np.save(tmp_path / "x.npy", x.numpy())
+    found = {}
+    for isa in ("AVX2", "ALL"):
+        command = [sys.executable, "-c", ANSWER, str(tmp_path / "x.npy"), "-", str(tmp_path / f"{isa}.npy"), *files]
+        subprocess.run(command, env={**os.environ, "ONEDNN_MAX_CPU_ISA": isa}, check=True, capture_output=True)
+        found[isa] = np.split(np.load(tmp_path / f"{isa}.npy"), 2)
+    assert np.array_equal(found["AVX2"][0], found["ALL"][0])
+    assert np.abs(found["AVX2"][1] - found["ALL"][1]).max() > 0.01 or cpu.saturates_u8s8(cpu.flags())
 
 
 def test_float_files_and_the_check_of_them(tmp_path: Path) -> None:

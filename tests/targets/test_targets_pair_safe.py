@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shohin.targets import cpu
-from shohin.targets.onnxruntime.pair_safe import is_depthwise, may_saturate, pair_safe_scale
+from shohin.targets.onnx.pair_safe import is_depthwise, may_saturate, pair_safe_scale
 from shohin.targets.onnxruntime.session import open_session
 
 torch.set_num_threads(1)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from shohin.targets.base import Lowered, Prepared, Ratio, Target, Timing
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from shohin.candidate import Measurement
     from shohin.formats import Quantizer
@@ -42,12 +42,11 @@ class ONNXTarget(Target):
 
         return 16 if "avx512f" in cpu.flags() else 8
 
-    @property
-    def saturates(self) -> bool:
-        """True if this CPU's uint8 x int8 kernels saturate, so that safe scales are needed."""
-        from shohin.targets import cpu
+    def least_scale(self) -> Callable[[Tensor, int], Tensor] | None:
+        """Scales at which no uint8 x int8 kernel saturates, on any CPU: a file gives the same answers wherever it is taken."""
+        from shohin.targets.onnx.pair_safe import pair_safe_scale
 
-        return cpu.saturates_u8s8(cpu.flags())
+        return pair_safe_scale
 
     def misfit(self, scheme: Scheme, kind: str) -> str:
         """See `Target.misfit` and `shohin.targets.onnx.few_bits`."""

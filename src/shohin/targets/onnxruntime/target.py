@@ -10,8 +10,6 @@ from shohin.targets.base import KernelRow
 from shohin.targets.onnx.target import ONNXTarget
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from shohin.targets.onnx.lower import Rules
 
 
@@ -26,12 +24,6 @@ class ORTTarget(ONNXTarget):
         from shohin.targets.onnxruntime.rules import RULES
 
         return RULES
-
-    def least_scale(self) -> Callable[[Tensor, int], Tensor] | None:
-        """Pair-safe scales where this CPU's uint8 x int8 kernels saturate."""
-        from shohin.targets.onnxruntime.pair_safe import pair_safe_scale
-
-        return pair_safe_scale if self.saturates else None
 
     def runner(self, path: Path) -> Callable[..., Any]:
         """A `shohin.targets.onnxruntime.session.Runner` over the file."""

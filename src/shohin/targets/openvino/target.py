@@ -10,8 +10,6 @@ from shohin.targets.base import KernelRow
 from shohin.targets.onnx.target import ONNXTarget
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from shohin.targets.onnx.lower import Rules
 
 
@@ -31,10 +29,6 @@ class OpenVINOTarget(ONNXTarget):
 
         return RULES
 
-    def least_scale(self) -> Callable[[Tensor, int], Tensor] | None:
-        """Codes of at most 64 where this CPU's uint8 x int8 kernels saturate: safe in whatever order they add."""
-        return _narrow_scale if self.saturates else None
-
     def runner(self, path: Path) -> Callable[..., Any]:
         """A `shohin.targets.openvino.session.Runner` over the file."""
         from shohin.targets.openvino.session import Runner
@@ -52,7 +46,3 @@ class OpenVINOTarget(ONNXTarget):
         from shohin.targets.openvino.inspect import check
 
         return check(path, expected, self.threads)
-
-
-def _narrow_scale(weight: Tensor, groups: int) -> Tensor:
-    return weight.detach().double().reshape(len(weight), -1).abs().amax(1) / 64

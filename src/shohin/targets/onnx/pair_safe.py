@@ -1,10 +1,12 @@
 """Weight scales that never saturate uint8 x int8 on x86 without VNNI.
 
-There the kernel walks the reduction axis in order (kernel row, kernel column, input channel) and adds two products into a
-16-bit register that saturates, before it sums in 32 bits. Activation codes reach 255, so a pair of weight codes of one sign
+There a kernel adds two products into a 16-bit register that saturates, before it sums in 32 bits. ONNX Runtime walks the reduction axis in
+order (kernel row, kernel column, input channel), two by two; OpenVINO takes the channels of each kernel position two by two, which differs
+where their number is odd. Scales here are safe in both orders, and on a CPU with VNNI, where nothing saturates, the same file gives the
+same sums: so files are made with them everywhere, and do not depend on the CPU that they were made on. Activation codes reach 255, so a pair of weight codes of one sign
 can saturate exactly if their magnitudes sum to more than 128. The remedy in use is 7-bit weights; a scale that keeps the worst
 pair of each channel just safe loses 0.4-0.6 bit less, and is exact too. It must be computed on the final widths: which weights
-are neighbours changes when channels are removed. (Observed on ONNX Runtime's CPU kernels; not from a paper.)
+are neighbours changes when channels are removed. (Observed on the kernels of both runtimes; not from a paper.)
 """
 
 from __future__ import annotations
@@ -19,10 +21,13 @@ SAFE_SUM = 128
 
 
 def _pairs(weight: Tensor) -> Tensor:
-    """[out, in, *kernel] or [out, in] -> [out, pairs, 2], in the order in which the kernel walks."""
-    flat = weight.detach().movedim(1, -1).reshape(len(weight), -1)
-    flat = torch.nn.functional.pad(flat, (0, flat.shape[1] % 2))
-    return flat.reshape(len(weight), -1, 2)
+    """[out, in, *kernel] or [out, in] -> [out, pairs, 2]: pairs of the whole walk, and of each kernel position where these are others."""
+    positions = weight.detach().movedim(1, -1).reshape(len(weight), -1, weight.shape[1])
+    flat = positions.reshape(len(weight), -1)
+    pairs = torch.nn.functional.pad(flat, (0, flat.shape[1] % 2)).reshape(len(weight), -1, 2)
+    if weight.shape[1] % 2 == 0:
+        return pairs
+    return torch.cat([pairs, torch.nn.functional.pad(positions, (0, 1)).reshape(len(weight), -1, 2)], 1)
 
 
 def is_depthwise(weight: Tensor, groups: int) -> bool:
