@@ -37,6 +37,7 @@ def ran() -> dict[str, Any]:
     torch.manual_seed(0)
     loader = [torch.randn(8, 1, 8, 8) for _ in range(4)]
     names: dict[str, Any] = {"shohin": shohin, "torch": torch, "model": Tiny().eval(), "data": shohin.Data(train=loader)}
+    names["pairs"] = [(x, names["model"](x).argmax(1)) for x in loader]
     for block in blocks(PAGE):
         block.run(names)
     return names
@@ -45,6 +46,7 @@ def ran() -> dict[str, Any]:
 def test_the_code_runs_and_does_what_the_page_says(ran: dict[str, Any]) -> None:
     assert set(ran["found"].plan.formats.values()) == {"int8"} and ran["found"].view is not None
     assert not any(address.startswith("head") for address in ran["mixed"].plan.formats)
+    assert ran["kept"].notes["quality"]["kept"] >= 0.99 * ran["kept"].notes["quality"]["float"]
     formats = ran["both"].plan.formats
     assert {a: f for a, f in formats.items() if f != "int8"} == dict.fromkeys(
         ("layers.0/linear.0", "layers.2/linear.0"), "weights uint4 group 16"

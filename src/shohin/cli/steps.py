@@ -75,6 +75,10 @@ Layer = Annotated[
 ]
 Ranges = Annotated[str, typer.Option("--ranges", help="Of int8 activations: mse, percentile, entropy, minmax or moving.")]
 Rounding = Annotated[str, typer.Option("--rounding", help="Of weights beside float activations: auto, nearest, hqq, gptq or descent.")]
+Smoothing = Annotated[bool, typer.Option("--smoothing/--no-smoothing", help="Of int8 activations whose channels differ much.")]
+Drop = Annotated[
+    str | None, typer.Option("--drop", help="Most that quality may fall, '0.3 %' for instance: the fewest layers then stay float.")
+]
 Losses = Annotated[str | None, typer.Option("--losses", metavar="NAME", help="kd, dkd, dist or mse; default kd.")]
 HtmlFile = Annotated[
     Path | None, typer.Option("--html", metavar="FILE", help="Also draw the model, its groups coloured, as one HTML page.")
@@ -188,7 +192,9 @@ def quantize(
     format: Format = "int8",
     layer: Layer = None,
     ranges: Ranges = "mse",
+    smoothing: Smoothing = True,
     rounding: Rounding = "auto",
+    drop: Drop = None,
     target: options.TargetName = "onnxruntime",
     out: options.OutFolder = None,
     seed: options.Seed = 0,
@@ -202,7 +208,9 @@ def quantize(
         values = load_task(task, seed)
         from shohin.verbs import quantize
 
-        made = quantize(values["model"], values["data"], formats, goal, ranges=ranges, rounding=rounding, seed=seed)
+        made = quantize(
+            values["model"], values["data"], formats, goal, ranges=ranges, smoothing=smoothing, rounding=rounding, drop=drop, seed=seed
+        )
         _deliver(made, values["data"], goal, folder)
 
 

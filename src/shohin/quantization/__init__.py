@@ -1,5 +1,6 @@
 """Fewer bits: sites, ranges, weight grids, rounding, bias correction and the view that simulates them."""
 
+from shohin.quantization.fallback import fewest_returned
 from shohin.quantization.layers import quantize_layers
 from shohin.quantization.quantized import Quantized
 from shohin.quantization.simulate import simulate
@@ -11,6 +12,7 @@ __all__ = [
     "ROUNDINGS",
     "Quantized",
     "Sites",
+    "fewest_returned",
     "find_sites",
     "placeholder",
     "quantizable",

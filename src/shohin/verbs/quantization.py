@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from shohin.addresses import match
+from shohin.budget import Budget
 from shohin.candidate import Candidate
 from shohin.data import Data
 from shohin.errors import DataError, PlanError
@@ -16,9 +17,12 @@ from shohin.evidence.calibration import range_method
 from shohin.evidence.layers import LayerWeight, layer_weights
 from shohin.formats import Scheme, is_scheme
 from shohin.plan import Plan
-from shohin.program import Program, capture, unfold_state
+from shohin.program import Program, ProgramModule, capture, unfold_state
 from shohin.targets import Target, get_target
 from shohin.verbs.common import calibration, checked, one_of, seeded
+
+if TYPE_CHECKING:
+    from shohin.quantization import Quantized
 
 
 def quantize(
@@ -31,6 +35,7 @@ def quantize(
     smoothing: bool = True,
     rounding: str = "auto",
     samples: int = 512,
+    drop: str | float | None = None,
     seed: int = 0,
 ) -> Candidate:
     """Fewer bits, ready for `export`: integer weights and activations, or weights of few bits beside float activations.
@@ -50,6 +55,9 @@ def quantize(
         rounding: of weights beside float activations: "nearest" and "hqq" (neither needs data), "gptq", "descent" (GPTQ, then scales and
             codes in turn), or "auto": "descent" where ``data`` has batches, else "nearest".
         samples: of the calibration batches.
+        drop: most that quality on validation may fall, such as "0.3 %" of the float model's, or a number in the metric's own unit. Where it
+            falls more, the fewest layers whose rounding moves the answers most stay float; ``.notes["returned"]`` names them and says why,
+            ``.notes["quality"]`` what the view reached. None: whatever comes of it.
 
     Returns:
         A candidate whose ``.model`` holds weights snapped to their grids (batch normalization folded into them), ``.view``
@@ -58,12 +66,12 @@ def quantize(
     Raises:
         PlanError: for an unknown format, rounding or range method, a pattern that matches nothing, or a format for which the target has
             no kernel at any of the layers (it names what the target has). DataError: without calibration batches, or
-            if an activation on them is NaN or Inf.
+            if an activation on them is NaN or Inf, or if ``drop`` is given and quality cannot be told. BudgetError: if ``drop`` cannot be read.
     """
     from shohin.pipeline.job import load_tensors
     from shohin.program import structural_copy
     from shohin.pruning.amounts import check_count
-    from shohin.quantization import ROUNDINGS, quantize_layers
+    from shohin.quantization import ROUNDINGS, fewest_returned, quantize_layers
 
     goal = get_target(target)
     one_of("rounding", rounding, ROUNDINGS)
@@ -74,6 +82,9 @@ def quantize(
             raise PlanError(f"{name} is a text, or patterns of addresses with a text each, such as {{'*': 'int8'}}; got {given!r}")
     for method in [ranges] if isinstance(ranges, str) else ranges.values():
         range_method(method)
+    allowed = None if drop is None else Budget.parse(f"drop <= {drop}")
+    if allowed is not None and data.metric is None and not (data.has_batches and data.has_labels and data.loss is None):
+        raise DataError("drop needs a quality to keep: give batches with integer targets, or Data(metric=(run) -> float)")
     with seeded(checked(data), seed):
         program = capture(model, data.example())
         chosen, left = _chosen(program, format, goal)
@@ -82,7 +93,20 @@ def quantize(
             raise DataError("static quantization needs calibration batches: give Data(train=loader)")
         calls = calibration(data, seed, samples) if data.has_batches else []
         options: dict[str, Any] = {"rounding": rounding, "ranges": ranges, "smoothing": smoothing}
-        quantized = quantize_layers(program, calls, chosen, **options, least_scale=goal.least_scale(), seed=seed)
+
+        def made(formats: Mapping[str, str]) -> Quantized:
+            return quantize_layers(program, calls, formats, **options, least_scale=goal.least_scale(), seed=seed)
+
+        kept = None
+        if allowed is not None:
+            plain = data.quality(ProgramModule(program))
+
+            def holds(value: float) -> bool:
+                return not allowed.violations({"quality": value}, {"quality": plain}, lower_is_better=data.lower_is_better)
+
+            kept = fewest_returned(program, calls, chosen, made, data.quality, plain, holds, seed)
+            chosen = kept.formats
+        quantized = made(chosen) if kept is None else kept.quantized
         own = {
             id(t): (nn.Parameter(t.detach().clone(), t.requires_grad) if isinstance(t, nn.Parameter) else t.detach().clone())
             for t in (*model.parameters(), *model.buffers())
@@ -94,6 +118,9 @@ def quantize(
         if static:
             notes["ranges"] = ranges if isinstance(ranges, str) else dict(ranges)
             notes["smoothed"] = [a for a, q in quantized.by_address().items() if q.axis == -1]
+        if kept is not None:
+            values = dict(zip(("float", "all", "kept"), kept.quality, strict=True))
+            notes |= {"returned": kept.returned, "quality": values, "drop": str(drop)}
         if any(map(is_scheme, chosen.values())):
             notes |= {"rounding": rounding, "float": left}
         return Candidate("quantized", plan, snapped, quantized.view(), quantized.by_address(), notes=notes)
