@@ -156,6 +156,11 @@ def _readers(program: Program, node: fx.Node, grids: Mapping[str, str], layers: 
     return frozenset(found)
 
 
+def integer_layers(program: Program, sites: Sites) -> list[fx.Node]:
+    """The nodes of the layers that compute on integers, in program order."""
+    return [n for n in program.graph.nodes if n.op == "call_function" and program.origins[n.name].address in sites.layers]
+
+
 def _operands(node: fx.Node) -> int:
     if family(node) == "cat":
         return len(node.args[0])  # type: ignore[arg-type]

@@ -8,14 +8,17 @@ far the difficulty moves, ``a``, is chosen for each activation by the squared er
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from shohin.evidence.ranges import grid
 from shohin.formats import Format, Quantizer
+from shohin.program import Program, family
+from shohin.quantization.sites import FUSED, IDENTITY, MOVES, PADS, POOLS, Sites, integer_layers
 
 #: how much of the range's difficulty moves to the weights, of which the best is taken; None is no smoothing at all
 SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -131,11 +134,21 @@ def even_rows(value: Tensor, mask: Tensor | None) -> Tensor:
     return rows if mask is None else rows[mask]
 
 
-def readers_of(layers: Mapping[str, str], readers: Mapping[str, frozenset[str]]) -> dict[str, list[str]]:
-    """Activation -> weights of the layers that alone read its codes, for activations that nothing else reads as codes.
+def smoothable(program: Program, sites: Sites) -> dict[str, list[str]]:
+    """Activation -> weights of the linear layers that read it: made by a floating operation that no integer kernel may absorb, each weight
+    read once, and nothing else reads codes of it. Not behind a mean: OpenVINO fuses the factors into it and gets their axis wrong."""
+    nodes = {node.name: node for node in program.graph.nodes}
+    layers = {n.name: sites.layers[program.origins[n.name].address] for n in integer_layers(program, sites)}
+    once = {weight for weight in layers.values() if list(layers.values()).count(weight) == 1}
+    linear = {name: weight for name, weight in layers.items() if family(nodes[name]) == "linear" and weight in once}
+    found = {name: taken for name, taken in sites.readers.items() if name in sites.own and taken <= linear.keys()}
+    absorbed = {*FUSED, *PADS, *POOLS, "linear"}
+    return {name: [linear[reader] for reader in sorted(taken)] for name, taken in found.items() if _made_by(nodes[name]) not in absorbed}
 
-    Args:
-        layers: name of a linear layer's node -> its weight, for weights that no other layer reads.
-        readers: activation -> nodes that read its codes.
-    """
-    return {name: [layers[node] for node in sorted(nodes)] for name, nodes in readers.items() if nodes and nodes <= layers.keys()}
+
+def _made_by(node: fx.Node) -> str:
+    """The operation whose values these are, wherever they were moved."""
+    while node.op == "call_function" and (family(node) in MOVES or family(node) in IDENTITY):
+        source: Any = node.args[0]
+        node = source
+    return family(node) if node.op == "call_function" else "input"
