@@ -108,12 +108,13 @@ def write(
     chosen = {name: q for name, q in given.items() if q.group is None}
     grouped = {name: q for name, q in given.items() if q.group is not None}
     outputs = {layer.weight: layer.output for layer in found}
-    asked = smooth(model, _by_tensor(model, activations, aliases), found, chosen)
     flatten_linears(model, [layer for layer in found if layer.weight in chosen])
     found = layers(model, transposed)
     for index, layer in enumerate(found):  # optimizations keep node names: so a layer is found again in the optimized graph
         again = sum(other.weight == layer.weight for other in found[:index])
         layer.node.name = f"{layer.weight}:{again}" if again else layer.weight
+    asked, smoothed = smooth(model, _by_tensor(model, activations, aliases), found, chosen)
+    found = layers(model, transposed) if smoothed else found
     fitted, reasons = rules.conform(model, asked, [layer for layer in found if layer.weight in chosen])
     notes = rules.remarks(model, fitted, found, chosen)
     shield_float(model, [layer for layer in found if layer.weight not in given], fitted)
@@ -130,7 +131,7 @@ def write(
     write_atomic(path, data)
     names = {name: aliases.get(name, name) for name in activations}
     used = {name: fitted[tensor] for name, tensor in names.items() if tensor in fitted}
-    used |= {name: activations[name] for name, tensor in names.items() if f"{tensor}.even" in fitted}
+    used |= {name: activations[name] for name, tensor in names.items() if any(even in fitted for even in smoothed.get(tensor, ()))}
     adjusted = {name: reasons[tensor] for name, tensor in names.items() if tensor in reasons}
     return Lowered(path, len(data), used, adjusted, outputs, aliases, tuple(notes))
 

@@ -153,39 +153,41 @@ def _weight_axis(layer: Layer, quantizer: Quantizer) -> int | None:
 
 def smooth(
     model: onnx.ModelProto, activations: Mapping[str, Quantizer], layers: Sequence[Layer], weights: Container[str]
-) -> dict[str, Quantizer]:
+) -> tuple[dict[str, Quantizer], dict[str, list[str]]]:
     """Divides activations that have a scale for each channel by their factors, in place, for the layers that read their codes.
 
     Args:
         activations: tensor name -> quantizer; of those with an axis the largest scale is that of the codes.
-        layers: of the model.
+        layers: of the model; they read such a tensor, or its rows (see `shohin.targets.onnx.rewrite.flatten_linears`).
         weights: names of the weights that are quantized.
 
     Returns:
-        Quantizers with one scale, by the names of the tensors that now hold what is quantized.
+        Quantizers with one scale, by the names of the tensors that now hold what is quantized; and activation -> these tensors.
 
     Raises:
-        TargetError: if no quantized linear layer reads such an activation, or its scales do not fit.
+        TargetError: if no quantized linear layer reads such an activation.
     """
     from onnx import helper
 
-    out = dict(activations)
+    out, made = dict(activations), dict[str, list[str]]()
     for name, quantizer in activations.items():
         if quantizer.axis is None:
             continue
-        readers = [layer for layer in layers if layer.weight in weights and layer.node.input[0] == name]
+        readers = [layer for layer in layers if layer.weight in weights and layer.input in (name, f"{name}.rows")]
         if not readers:
             raise TargetError(f"activation {name!r} needs one scale: no quantized linear layer reads its codes")
         scale = quantizer.scale.float().double()
         factors = _add(model, f"{name}_factors", (scale.max() / scale).float().numpy())
-        node = helper.make_node("Mul", [name, factors], [f"{name}.even"], name=f"{name}.even")
-        at = min(list(model.graph.node).index(layer.node) for layer in readers)
-        model.graph.node.insert(at, node)
-        for layer in readers:
-            layer.node.input[0] = f"{name}.even"
         del out[name]
-        out[f"{name}.even"] = Quantizer(quantizer.format, quantizer.scale.max(), quantizer.zero_point[0])
-    return out
+        for source in dict.fromkeys(layer.input for layer in readers):
+            mine = [layer.node for layer in readers if layer.input == source]
+            at = min(list(model.graph.node).index(node) for node in mine)
+            for node in mine:
+                node.input[0] = f"{source}.even"
+            model.graph.node.insert(at, helper.make_node("Mul", [source, factors], [f"{source}.even"], name=f"{source}.even"))
+            out[f"{source}.even"] = Quantizer(quantizer.format, quantizer.scale.max(), quantizer.zero_point[0])
+            made.setdefault(name, []).append(f"{source}.even")
+    return out, made
 
 
 def _codes(quantizer: Quantizer, value: NDArray[Any], axis: int | None) -> NDArray[Any]:
