@@ -10,6 +10,7 @@ import pytest
 import target_nets as nets
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from shohin.data import Call, Data
 from shohin.errors import DataError, PlanError
@@ -227,3 +228,36 @@ def test_biases_are_corrected_by_the_samples_that_their_means_are_of() -> None:
     with torch.no_grad():
         errors = [float((found.view()(*c.args) - model(*c.args)).norm() / model(*c.args).norm()) for c in calls]
     assert max(errors) < 0.05
+
+
+class Sliced(nn.Module):
+    """Floats that are moved and read as codes and as floats: slices, a selected token, padding, a transposed sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+        self.norm, self.mix = nn.LayerNorm(8), nn.Linear(8, 8)
+        self.time, self.head = nn.Conv1d(8, 8, 3, padding=1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        g = F.gelu(self.a(x))
+        y = self.b(F.pad(g, (1, 1, 1, 1))) + g
+        y = self.b(y) + y[:, :, 1:-1, 1:-1]
+        h = self.norm(y.flatten(2).transpose(1, 2))
+        h = h + self.mix(h)
+        t = self.time(h.transpose(1, 2))
+        return self.head(h[:, 0]) + torch.tanh(t).mean(2)[:, :5]
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("smoothing", [False, True])
+def test_what_is_moved_and_read_in_both_ways_is_so_in_the_file_too(name: str, smoothing: bool, tmp_path: Path) -> None:
+    if name == "openvino":
+        pytest.importorskip("openvino")
+    program = capture(nets.randomize(Sliced(), 0), (torch.randn(4, 3, 9, 9),))
+    calls = list(Data([torch.randn(16, 3, 9, 9) for _ in range(2)]).calls("train"))
+    target, x = get_target(name), calls[1].args[0]
+    quantized = quantize_program(program, set(quantizable(program)), calls, least_scale=target.least_scale(), smoothing=smoothing)
+    view, _, _ = lower_quantized(target, quantized, tmp_path / "m.onnx", (x,), {})
+    with torch.no_grad():
+        assert snr(target.runner(tmp_path / "m.onnx")(x), view(x)) > 55

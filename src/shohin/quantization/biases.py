@@ -41,7 +41,7 @@ def corrected(
     codes: dict[str, Tensor] = {}
 
     def feed(node: fx.Node, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What integers read of an activation that floating operations make."""
+        """What integers read of a smoothed activation; all else goes on with its floats."""
         snapped = [
             codes[base(given).name]
             if isinstance(given, fx.Node) and base(given).name in codes and node.name in sites.readers[base(given).name]
@@ -53,7 +53,7 @@ def corrected(
     def kept(name: str, value: Tensor) -> Tensor:
         if name not in grids:
             return value
-        if name not in sites.readers:
+        if activations[name].axis is None:
             return grids[name](value)
         codes[name] = grids[name](value)
         return value

@@ -50,7 +50,7 @@ def simulated_graph(
     Args:
         activations: node name -> per-tensor quantizer, or one with a scale for each channel of the last axis. Outputs of the model stay
             unsnapped, as files keep them float.
-        readers: see `Sites.readers`.
+        readers: see `Sites.readers`; of smoothed nodes.
     """
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
@@ -73,7 +73,7 @@ def simulated_graph(
                 snapped = graph.call_function(snap, (source, float(q.scale.float()), int(q.zero_point), q.format.low, q.format.high))
             else:
                 snapped = graph.call_function(_channels_snap(q), (source,))
-        chosen = (readers or {}).get(node.name)
+        chosen = (readers or {}).get(node.name) if q.axis is not None else None
         if chosen is not None:
             for reader in program.graph.nodes:
                 if reader.name in chosen:

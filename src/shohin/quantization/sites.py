@@ -49,8 +49,8 @@ class Sites:
         grids: node name -> name of the node whose grid it uses (itself, or the one that it only moves).
         low, high: node name -> bound that a fused activation sets on the values, where there is one.
         layers: address of each layer that computes on integers -> its weight's name.
-        readers: node that a floating operation (or the caller) makes -> operations that take its codes, while all others go on with its
-            floats. Of a node that is absent every reader takes codes: it is made of integers.
+        readers: node that a floating operation (or the caller) makes -> operations with integer kernels that read it. Where it is smoothed
+            they alone take its codes, and all others go on with its floats.
     """
 
     grids: Mapping[str, str]
@@ -104,8 +104,11 @@ def find_sites(program: Program, layers: set[str]) -> Sites:
             if not tensors or any(t.name in program.names for t in tensors) or len(_tensors(program, node)) != _operands(node):
                 continue
             name = family(node)
+            moves = name in MOVES and _made_of_integers(
+                program, tensors[0], grids, chosen
+            )  # floats are moved as floats, rounded where they are read
             if (
-                (name in JOINS or name in POOLS or name in MOVES)
+                (name in JOINS or name in POOLS or moves)
                 and all(t.name in grids for t in tensors)
                 and _worthwhile(program, node, tensors, layers)
             ):
@@ -142,16 +145,18 @@ def _made_of_integers(program: Program, node: fx.Node, grids: Mapping[str, str],
 
 
 def _readers(program: Program, node: fx.Node, grids: Mapping[str, str], layers: Mapping[str, str]) -> frozenset[str]:
-    """The operations that take a node's codes."""
+    """The operations with integer kernels that read a node."""
     found, waiting = set(), list(node.users)
     while waiting:
         user = waiting.pop()
         if user.op != "call_function":
             continue
-        layer = _is_layer(program, user) and program.origins[user.name].address in layers
         if family(user) in IDENTITY:
             waiting.extend(user.users)
-        elif user.name in grids or (layer and base(user.args[0]) is node) or (family(user) in JOINS and activated(user).name in grids):  # type: ignore[arg-type]
+            continue
+        layer = _is_layer(program, user) and program.origins[user.name].address in layers and base(user.args[0]) is node  # type: ignore[arg-type]
+        other = family(user) in JOINS | POOLS | MOVES or _is_zero_pad(user)
+        if layer or (other and {user.name, activated(user).name} & grids.keys()):
             found.add(user.name)
     return frozenset(found)
 

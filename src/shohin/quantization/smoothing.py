@@ -57,7 +57,9 @@ Weigh = Callable[[Tensor], Quantizer]
 """A weight ``[O, F]`` to its quantizer, one scale for each output."""
 
 
-def smoothed(seen: Channels, weights: Sequence[Tensor], form: Format, weigh: Weigh, shares: Iterable[float] = SHARES) -> Quantizer | None:
+def smoothed(
+    seen: Channels, weights: Sequence[Tensor], form: Format, weigh: Weigh, shares: Iterable[float] = SHARES, gain: float = GAIN
+) -> Quantizer | None:
     """The grid of an activation with a scale for each channel; None where one scale for all is as good.
 
     Args:
@@ -66,6 +68,7 @@ def smoothed(seen: Channels, weights: Sequence[Tensor], form: Format, weigh: Wei
         form: of the activation.
         weigh: how the weights are quantized.
         shares: of the difficulty, that are tried.
+        gain: least share of the plain error that must go.
 
     Returns:
         A quantizer with ``axis=-1``: scales ``[F]`` of which the largest is that of the codes (see `columns_of`), one zero point for all.
@@ -97,7 +100,7 @@ def smoothed(seen: Channels, weights: Sequence[Tensor], form: Format, weigh: Wei
         factors = most.clamp_min(least_range) ** share / strong.clamp_min(least_weight) ** (1 - share)
         found.append(judged(factors / factors.max()))
     best, q = min(found, key=lambda pair: pair[0])
-    return q if best < (1 - GAIN) * plain else None
+    return q if best < (1 - gain) * plain else None
 
 
 def _grid(low: Tensor, high: Tensor, factors: Tensor, clip: float, form: Format) -> Quantizer:
@@ -152,3 +155,15 @@ def _made_by(node: fx.Node) -> str:
         source: Any = node.args[0]
         node = source
     return family(node) if node.op == "call_function" else "input"
+
+
+def read_as_floats(program: Program, sites: Sites, name: str) -> bool:
+    """True if operations without integer kernels read a node too."""
+    node = next(n for n in program.graph.nodes if n.name == name)
+    users = [u for user in node.users for u in (user.users if family_of(user) in IDENTITY else [user])]
+    return any(user.name not in sites.readers[name] for user in users)
+
+
+def family_of(node: fx.Node) -> str:
+    """The family of an operation; "" of the output."""
+    return family(node) if node.op == "call_function" else ""

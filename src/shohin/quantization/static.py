@@ -20,7 +20,7 @@ from shohin.quantization.biases import corrected, on_the_grid_of_sums
 from shohin.quantization.observation import leading_calls, observed, range_methods, row_masks
 from shohin.quantization.quantized import Quantized
 from shohin.quantization.sites import Sites, find_sites, integer_layers, quantizable
-from shohin.quantization.smoothing import ROWS, Channels, columned, columns_of, smoothable, smoothed
+from shohin.quantization.smoothing import GAIN, ROWS, Channels, columned, columns_of, read_as_floats, smoothable, smoothed
 
 #: the least scale of each output channel of a weight (a target's rule, for example pair-safe scales), or None
 LeastScale = Callable[[Tensor, int], Tensor]
@@ -72,7 +72,11 @@ def quantize_program(
     tensors = dict(folded.program.tensors)
     form, weights = named_format(activation_format), dict[str, Quantizer]()
     for site, names in smooth.items():
-        q = smoothed(channels[site], [tensors[n] for n in names], form, lambda w: weight_quantizer(w, weight_format, least_scale))
+        shared = read_as_floats(folded.program, sites, site)  # then smoothing spares these readers its rounding, too
+        gain = 0.0 if shared else GAIN
+        q = smoothed(
+            channels[site], [tensors[n] for n in names], form, lambda w: weight_quantizer(w, weight_format, least_scale), gain=gain
+        )
         if q is not None:
             activations[site], columns = q, columns_of(q)
             for name in names:

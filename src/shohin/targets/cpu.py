@@ -91,5 +91,5 @@ def environment(threads: int = 1) -> dict[str, Any]:
         "os": platform.platform(terse=True),
         "machine": platform.machine(),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "onnx", "onnxruntime", "numpy")},
+        **{name: version(name) for name in ("torch", "onnx", "onnxruntime", "openvino", "numpy") if version(name)},
     }

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from shohin.errors import TargetError
 from shohin.formats import Quantizer
-from shohin.targets.onnx.edges import CLIPS, MOVEMENT, Edges, Layer, array
+from shohin.targets.onnx.edges import Edges, Layer, array
 from shohin.targets.onnx.rewrite import drop_unused
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def insert_qdq(
         _quantize_layer(model, edges, layer, weights[layer.weight], activations.get(layer.input))
     for name in weights.keys() - {layer.weight for layer in chosen}:
         _quantize_other(model, edges, name, weights[name], owned)
-    _quantize_activations(model, activations, {layer.node.name for layer in chosen})
+    _quantize_activations(model, activations)
     drop_unused(model)
 
 
@@ -88,42 +88,11 @@ def _replace(model: onnx.ModelProto, name: str, value: NDArray[Any]) -> None:
     _add(model, name, value)
 
 
-#: operators with an integer kernel that takes codes and gives codes
-_JOINS = frozenset({"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "Pad"}) | MOVEMENT
-
-
-def _made_of_integers(edges: Edges, name: str, activations: Mapping[str, Quantizer], layers: Container[str]) -> bool:
-    """True if an integer kernel makes a tensor that has a grid, so that its codes are all there is of it."""
-    node = edges.producer.get(name)
-    if node is None:
-        return False
-    if node.op_type in CLIPS:
-        return _made_of_integers(edges, node.input[0], activations, layers)
-    if node.op_type in ("Conv", "ConvTranspose"):
-        return node.name in layers
-    return node.op_type in _JOINS and all(i in activations for i in node.input if i in edges.producer or i in edges.inputs)
-
-
-def _takes_codes(edges: Edges, node: onnx.NodeProto, activations: Mapping[str, Quantizer], layers: Container[str]) -> bool:
-    """True for an operation with an integer kernel: a quantized layer, or what gives codes itself."""
-    if node.name in layers:
-        return True
-    return node.op_type in _JOINS and any(o in activations or edges.after_clip(o) in activations for o in node.output)
-
-
-def _quantize_activations(model: onnx.ModelProto, activations: Mapping[str, Quantizer], layers: Container[str]) -> None:
-    """What floating operations make is read as codes by integer kernels alone; all others go on with its floats.
-
-    Args:
-        layers: names of the quantized layers' nodes.
-    """
+def _quantize_activations(model: onnx.ModelProto, activations: Mapping[str, Quantizer]) -> None:
     from onnx import helper
 
-    edges = Edges(model)
     made: dict[str, list[onnx.NodeProto]] = {}
     read: dict[str, str] = {}
-    readers = {name: [_takes_codes(edges, node, activations, layers) for node in edges.reads(name)] for name in activations}
-    floats = {name for name, taken in readers.items() if any(taken) and not _made_of_integers(edges, name, activations, layers)}
     for name, quantizer in activations.items():
         scale = _add(model, f"{name}_scale", np.asarray(float(quantizer.scale), dtype=np.float32))
         zero = _add(model, f"{name}_zero_point", np.asarray(int(quantizer.zero_point), dtype=_dtype(quantizer)))
@@ -136,8 +105,7 @@ def _quantize_activations(model: onnx.ModelProto, activations: Mapping[str, Quan
     for item in model.graph.input:
         nodes += made.get(item.name, [])
     for node in model.graph.node:
-        codes = _takes_codes(edges, node, activations, layers)
-        node.input[:] = [read[i] if i in read and (codes or i not in floats) else i for i in node.input]
+        node.input[:] = [read.get(i, i) for i in node.input]
         nodes.append(node)
         for name in node.output:
             nodes += made.get(name, [])

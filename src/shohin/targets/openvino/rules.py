@@ -2,7 +2,7 @@
 
 A sum is fused into the two-dimensional convolution (and its ReLU or clip) that makes its first operand, or its second if the first comes
 from none, and a quantizer between the two is then not applied: measured on a ResNet, a quarter of the sums came out one step off. So that
-operand stays as the convolution makes it, which is also more exact; the other operand and the sum have codes. A view without that
+operand stays as the convolution makes it, which is also more exact; the other operand and the sum keep their codes. A view without that
 quantizer equals the runtime.
 """
 
@@ -30,12 +30,10 @@ def conform(
     flat = [layer for layer in layers if layer.node.op_type == "Conv" and len(edges.initializers[layer.initializer].dims) == 4]
     made = {edges.after_clip(layer.output) for layer in flat}
     for node in edges.order:
-        if node.op_type != "Add" or (node.output[0] not in out and edges.after_clip(node.output[0]) not in out):
-            continue
-        if not all(name in out for name in node.input):
+        if node.op_type != "Add" or any(name in edges.initializers for name in node.input):
             continue
         for name in node.input:
-            if name in made and len(edges.reads(name)) == 1 and name not in edges.outputs:
+            if name in out and name in made and len(edges.reads(name)) == 1 and name not in edges.outputs:
                 why[name] = "dropped: the runtime adds inside the convolution, before it rounds"
                 del out[name]
                 break
