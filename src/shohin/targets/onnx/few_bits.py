@@ -61,7 +61,7 @@ def insert(model: onnx.ModelProto, weights: Mapping[str, Quantizer], layers: Seq
         if layer.initializer not in held:
             held[layer.initializer] = _initializers(model, edges, layer, weights[layer.weight])
         if layer.adder is not None:
-            layer.adder.name = f"{layer.weight}.bias"  # a runtime that fuses the two goes by this name
+            layer.adder.name = f"{layer.node.name}.bias"  # a runtime that fuses the two goes by this name
         _replaced(model, layer, held[layer.initializer], weights[layer.weight], _shape(edges, layer))
     if DOMAIN not in [o.domain for o in model.opset_import]:
         model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
