@@ -17,7 +17,7 @@ from shohin.formats import Quantizer, named_format
 from shohin.pipeline.ship import lower_quantized
 from shohin.program import capture
 from shohin.quantization import Quantized, quantizable, quantize_program, weight_quantizer
-from shohin.quantization.smoothing import Channels, columns_of, one_scale, smoothed
+from shohin.quantization.smoothing import Channels, smoothed
 from shohin.targets import get_target
 
 
@@ -130,8 +130,8 @@ def test_the_chosen_grid_is_no_worse_than_one_scale_on_the_layers_outputs(seed: 
         seen.update(part)
     form = named_format("uint8")
     q = smoothed(seen, [weight], form, lambda w: weight_quantizer(w, "int8"))
-    assert q is not None and q.axis == -1 and float(one_scale(q).scale) == float(q.scale.max())
-    columns = columns_of(q)
+    assert q is not None and q.axis == -1 and float(q.one_scale.scale) == float(q.scale.max())
+    columns = q.factors
     own = weight_quantizer((weight / columns).float(), "int8")
     held = Quantizer(own.format, own.scale, own.zero_point, 0, columns=columns)
     plain = nets.act_quantizer(x)
@@ -139,7 +139,7 @@ def test_the_chosen_grid_is_no_worse_than_one_scale_on_the_layers_outputs(seed: 
     assert error < (plain.fake(x) @ weight_quantizer(weight, "int8").fake(weight).T - x @ weight.T).square().sum()
     # codes of one scale times codes of one scale for each output are the same product
     codes = q.codes(x) - q.zero_point
-    product = codes.double() * float(one_scale(q).scale) @ (own.codes((weight / columns).float()).double() * own.scale[:, None]).T
+    product = codes.double() * float(q.one_scale.scale) @ (own.codes((weight / columns).float()).double() * own.scale[:, None]).T
     torch.testing.assert_close(product.float(), q.fake(x) @ held.fake(weight).T, rtol=1e-4, atol=1e-3)
     again = Quantizer.from_json(json.loads(json.dumps(held.to_json())))
     assert torch.equal(again.fake(weight), held.fake(weight)) and torch.equal(held.fake(held.fake(weight)), held.fake(weight))

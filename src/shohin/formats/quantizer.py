@@ -38,6 +38,18 @@ class Quantizer:
     group: int | None = None
     columns: Tensor | None = None
 
+    @property
+    def one_scale(self) -> Quantizer:
+        """The grid on which the codes of a smoothed activation are read, its largest scale; any other quantizer as it is."""
+        return self if self.axis is None else Quantizer(self.format, self.scale.max(), self.zero_point[0])
+
+    @property
+    def factors(self) -> Tensor:
+        """What the channels of a smoothed activation are multiplied by before they are rounded on one scale, float64 ``[F]``: the largest
+        scale over each scale. They are the ``columns`` of the weights that read it."""
+        scale = self.scale.float().double()
+        return scale.max() / scale
+
     def spread(self, values: Tensor, like: Tensor) -> Tensor:
         """Scales or zero points in a shape that broadcasts with the tensor ``like``, in its dtype."""
         if self.axis is None:

@@ -19,7 +19,6 @@ from shohin.formats import Quantizer
 from shohin.program import Program, interpret, joined_inputs
 from shohin.quantization.observation import channel_sums, channels_last
 from shohin.quantization.sites import Sites, base
-from shohin.quantization.smoothing import one_scale
 
 #: most steps of a bias: sums of 32 bits must not overflow
 BIAS_LIMIT = 2**30
@@ -93,7 +92,7 @@ def on_the_grid_of_sums(
         if data is None:
             continue
         name = program.names[bias.name]
-        step = (one_scale(data).scale.float() * weights[sites.layers[program.origins[node.name].address]].scale.float()).double()
+        step = (data.one_scale.scale.float() * weights[sites.layers[program.origins[node.name].address]].scale.float()).double()
         codes = (tensors[name].detach().double() / step).round()
         if bool((codes.abs() <= BIAS_LIMIT).all()):
             tensors[name] = (codes * step).to(tensors[name].dtype)

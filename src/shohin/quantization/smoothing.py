@@ -71,7 +71,7 @@ def smoothed(
         gain: least share of the plain error that must go.
 
     Returns:
-        A quantizer with ``axis=-1``: scales ``[F]`` of which the largest is that of the codes (see `columns_of`), one zero point for all.
+        A quantizer with ``axis=-1``: scales ``[F]`` of which the largest is that of the codes (see `Quantizer.factors`), one zero point for all.
     """
     if seen.rows is None or seen.low is None or seen.high is None:
         return None
@@ -113,24 +113,6 @@ def _on_columns(weight: Tensor, factors: Tensor, weigh: Weigh) -> Tensor:
     return weigh(weight * factors).fake(weight * factors) / factors
 
 
-def columns_of(activation: Quantizer) -> Tensor:
-    """The factors ``[F]`` of the columns of a weight that reads a smoothed activation: its largest scale over each scale."""
-    scale = activation.scale.float().double()
-    return scale.max() / scale
-
-
-def one_scale(activation: Quantizer) -> Quantizer:
-    """The grid on which the codes of a smoothed activation are read, its largest scale; any other quantizer as it is."""
-    if activation.axis is None:
-        return activation
-    return Quantizer(activation.format, activation.scale.max(), activation.zero_point[0])
-
-
-def columned(quantizer: Quantizer, columns: Tensor) -> Quantizer:
-    """A weight's quantizer, made for the weight over ``columns``, as one for the weight itself."""
-    return Quantizer(quantizer.format, quantizer.scale, quantizer.zero_point, quantizer.axis, columns=columns)
-
-
 def even_rows(value: Tensor, mask: Tensor | None) -> Tensor:
     """The rows ``[n, F]`` of an activation ``[..., F]`` that count."""
     rows = value.detach().reshape(-1, value.shape[-1])
@@ -154,7 +136,7 @@ def _made_by(node: fx.Node) -> str:
     while node.op == "call_function" and (family(node) in MOVES or family(node) in IDENTITY):
         source: Any = node.args[0]
         node = source
-    return family(node) if node.op == "call_function" else "input"
+    return family_of(node)
 
 
 def read_as_floats(program: Program, sites: Sites, name: str) -> bool:

@@ -20,7 +20,7 @@ from shohin.quantization.biases import corrected, on_the_grid_of_sums
 from shohin.quantization.observation import leading_calls, observed, range_methods, row_masks
 from shohin.quantization.quantized import Quantized
 from shohin.quantization.sites import Sites, find_sites, integer_layers, quantizable
-from shohin.quantization.smoothing import GAIN, ROWS, Channels, columned, columns_of, read_as_floats, smoothable, smoothed
+from shohin.quantization.smoothing import GAIN, ROWS, Channels, read_as_floats, smoothable, smoothed
 
 #: the least scale of each output channel of a weight (a target's rule, for example pair-safe scales), or None
 LeastScale = Callable[[Tensor, int], Tensor]
@@ -78,10 +78,10 @@ def quantize_program(
             channels[site], [tensors[n] for n in names], form, lambda w: weight_quantizer(w, weight_format, least_scale), gain=gain
         )
         if q is not None:
-            activations[site], columns = q, columns_of(q)
+            activations[site] = q
             for name in names:
-                over = weight_quantizer((tensors[name].detach() / columns).float(), weight_format, least_scale)
-                weights[name] = columned(over, columns)
+                over = weight_quantizer((tensors[name].detach() / q.factors).float(), weight_format, least_scale)
+                weights[name] = replace(over, columns=q.factors)
     for node in integer_layers(folded.program, sites):
         name = sites.layers[folded.program.origins[node.name].address]
         if name not in weights:

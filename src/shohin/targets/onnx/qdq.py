@@ -144,8 +144,7 @@ def smooth(
         readers = [layer for layer in layers if layer.weight in weights and layer.input in (name, f"{name}.rows")]
         if not readers:
             raise TargetError(f"activation {name!r} needs one scale: no quantized linear layer reads its codes")
-        scale = quantizer.scale.float().double()
-        factors = _add(model, f"{name}_factors", (scale.max() / scale).float().numpy())
+        factors = _add(model, f"{name}_factors", quantizer.factors.float().numpy())
         del out[name]
         for source in dict.fromkeys(layer.input for layer in readers):
             mine = [layer.node for layer in readers if layer.input == source]
@@ -153,7 +152,7 @@ def smooth(
             for node in mine:
                 node.input[0] = f"{source}.even"
             model.graph.node.insert(at, helper.make_node("Mul", [source, factors], [f"{source}.even"], name=f"{source}.even"))
-            out[f"{source}.even"] = Quantizer(quantizer.format, quantizer.scale.max(), quantizer.zero_point[0])
+            out[f"{source}.even"] = quantizer.one_scale
             made.setdefault(name, []).append(f"{source}.even")
     return out, made
 
