@@ -30,6 +30,9 @@ from torch import Tensor
 
 from shohin.errors import RunError
 
+#: in the folder of one step: its training, as far as it came
+CHECKPOINT = "training.safetensors"
+
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Writes ``data`` so that ``path`` holds either the old content or all of the new."""

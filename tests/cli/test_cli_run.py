@@ -110,6 +110,20 @@ def test_quantize_writes_weights_plan_and_file(stopped: Stopped, tmp_path: Path)
         done = invoke("quantize", stopped.task, "--out", tmp_path / "q2", option, value)
         assert done.exit_code == 2 and value.removeprefix("weights ") in done.stderr and not (tmp_path / "q2").exists()
 
+    trained = ("quantize", stopped.task, "--out", tmp_path / "t", "--format", "w4a8", "--recover", "qat", "--epochs", 1, "--learn")
+    done = invoke(*trained, "steps")
+    assert done.exit_code == 2 and "'lsq'" in done.stderr and not (tmp_path / "t").exists()
+    done = invoke(*trained, "pact")
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "t" / "candidate.json").read_text())
+    assert set(found["plan"]["formats"].values()) == {"w4a8"} and found["notes"]["learn"] == "pact"
+    for path in (tmp_path / "t").iterdir():
+        if path.name != "training.safetensors":
+            path.unlink()
+    done = invoke(*trained, "pact")  # a training that is over goes on to the same result
+    assert done.exit_code == 0 and json.loads((tmp_path / "t" / "candidate.json").read_text())["evidence"] == found["evidence"], done.output
+    assert invoke(*trained, "pact").exit_code == 2
+
     done = invoke("quantize", stopped.task, "--out", tmp_path / "q")
     assert done.exit_code == 2 and "not an empty folder" in done.stderr
     done = invoke("quantize", stopped.task, "--out", tmp_path / "q2", "--layer", "nothing.*=float32")

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import shohin
 from shohin.data import Call
-from shohin.formats import Quantizer, named_format
+from shohin.formats import INT8, Quantizer, named_format
 from shohin.pipeline.ship import lower_quantized
 from shohin.program import capture
 from shohin.quantization import Quantized, quantizable, quantize_program, weight_quantizer
@@ -129,14 +129,14 @@ def test_the_chosen_grid_is_no_worse_than_one_scale_on_the_layers_outputs(seed: 
     for part in x.split(200):
         seen.update(part)
     form = named_format("uint8")
-    q = smoothed(seen, [weight], form, lambda w: weight_quantizer(w, "int8"))
+    q = smoothed(seen, [weight], form, lambda w: weight_quantizer(w, INT8.weights))
     assert q is not None and q.axis == -1 and float(q.one_scale.scale) == float(q.scale.max())
     columns = q.factors
-    own = weight_quantizer((weight / columns).float(), "int8")
+    own = weight_quantizer((weight / columns).float(), INT8.weights)
     held = Quantizer(own.format, own.scale, own.zero_point, 0, columns=columns)
     plain = nets.act_quantizer(x)
     error = (q.fake(x) @ held.fake(weight).T - x @ weight.T).square().sum()
-    assert error < (plain.fake(x) @ weight_quantizer(weight, "int8").fake(weight).T - x @ weight.T).square().sum()
+    assert error < (plain.fake(x) @ weight_quantizer(weight, INT8.weights).fake(weight).T - x @ weight.T).square().sum()
     # codes of one scale times codes of one scale for each output are the same product
     codes = q.codes(x) - q.zero_point
     product = codes.double() * float(q.one_scale.scale) @ (own.codes((weight / columns).float()).double() * own.scale[:, None]).T
@@ -149,12 +149,12 @@ def test_even_channels_keep_one_scale_and_other_ranges_are_respected() -> None:
     torch.manual_seed(0)
     seen = Channels(500)
     seen.update(torch.rand(500, 8) * 2 - 1)
-    assert smoothed(seen, [torch.randn(64, 8).sign()], named_format("uint8"), lambda w: weight_quantizer(w, "int8")) is None
+    assert smoothed(seen, [torch.randn(64, 8).sign()], named_format("uint8"), lambda w: weight_quantizer(w, INT8.weights)) is None
     model, calls = outlying()
     assert all(q.axis is None for q in made(model, calls, ranges="minmax").activations.values())
     empty = Channels(8)
     empty.update(torch.zeros(4, 8))
-    assert smoothed(empty, [torch.randn(6, 8)], named_format("uint8"), lambda w: weight_quantizer(w, "int8")) is None
+    assert smoothed(empty, [torch.randn(6, 8)], named_format("uint8"), lambda w: weight_quantizer(w, INT8.weights)) is None
 
 
 def test_the_public_call_names_what_was_smoothed_and_exports(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from shohin.data import Call, Data
 from shohin.errors import DataError, PlanError
+from shohin.formats import INT8, Bits, named_format
 from shohin.pipeline.ship import lower_quantized
 from shohin.program import Program, ProgramModule, capture, family, fold
 from shohin.program.fold import CONVOLUTIONS
@@ -128,7 +129,7 @@ def test_corrected_biases_take_the_mean_error_away(name: str) -> None:
         program, calls = case(name, seed)
         layers = set(quantizable(program))
         kinds = [
-            quantize_program(program, layers, calls, weight_format="int7", correct_bias=correct, ranges="minmax")
+            quantize_program(program, layers, calls, formats=Bits.parse("w7a8"), correct_bias=correct, ranges="minmax")
             for correct in (False, True)
         ]
         before, after = (output_shift(q, program, calls) for q in kinds)
@@ -142,7 +143,7 @@ def test_weight_grids(name: str, shape: tuple[int, ...]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
     weight[1] = 0.0
     weight[2] *= 100
-    q = weight_quantizer(weight, name)
+    q = weight_quantizer(weight, named_format(name))
     plain = weight.abs().flatten(1).amax(1).double().clamp_min(1e-12) / q.format.high
     assert bool((q.scale > 0).all()) and bool((q.scale <= plain * 1.0001).all())
     error = (q.fake(weight) - weight).square().flatten(1).sum(1)
@@ -164,14 +165,14 @@ def test_no_weight_is_finer_than_the_target_allows(name: str) -> None:
         assert bool((q.scale >= pair_safe_scale(over, groups.get(weight, 1)) * (1 - 1e-9)).all())
         assert not may_saturate(q.codes(original), groups.get(weight, 1))
         assert torch.equal(quantized.program.tensors[weight], q.fake(original))
-        fine += may_saturate(weight_quantizer(original, "int8").codes(original), groups.get(weight, 1))
+        fine += may_saturate(weight_quantizer(original, INT8.weights).codes(original), groups.get(weight, 1))
     assert fine  # without the rule some would saturate
 
 
 @pytest.mark.parametrize("ranges", ["mse", "percentile", "minmax"])
 def test_seven_bits_and_ranges(ranges: str) -> None:
     program, calls = case("1d")
-    quantized = quantize_program(program, set(quantizable(program)), calls, weight_format="int7", ranges=ranges)
+    quantized = quantize_program(program, set(quantizable(program)), calls, formats=Bits.parse("w7a8"), ranges=ranges)
     for weight, q in quantized.weights.items():
         codes = q.codes(quantized.program.tensors[weight])
         assert int(codes.abs().max()) <= 63 and not may_saturate(codes)
@@ -198,8 +199,8 @@ def test_errors() -> None:
         quantize_program(program, {*layers, "nowhere/conv1d.0"}, calls)
     with pytest.raises(PlanError, match="unknown range method 'best'; known: mse"):
         quantize_program(program, layers, calls, ranges="best")
-    with pytest.raises(PlanError, match="unknown format 'int9'"):
-        quantize_program(program, layers, calls, weight_format="int9")
+    with pytest.raises(PlanError, match="'w9a8' is no format"):
+        quantize_program(program, layers, calls, formats=Bits.parse("w9a8"))
     bad = torch.full((4, 6, 32), float("nan"))
     with pytest.raises(DataError, match="an activation is NaN or Inf on the calibration data"):
         quantize_program(program, layers, [*calls, Call((bad,), {}, None, bad)])

@@ -110,10 +110,12 @@ def _named(error: BaseException) -> str:
 
 
 def _stopped(run: Path | None, resume: str) -> None:
+    from shohin.run import CHECKPOINT
+
     out = console(stderr=True)
     if run is None:
         out.print("stopped.", soft_wrap=True)
-    elif not (run / "config.json").exists():
+    elif not any((run / name).exists() for name in ("config.json", CHECKPOINT)):
         out.print("stopped before anything was written; nothing is lost.", soft_wrap=True)
     else:
         again = f"the same command with {resume}" if resume else "the same command"

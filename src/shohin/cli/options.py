@@ -43,10 +43,10 @@ def dated(kind: str = "") -> Path:
     return Path("runs") / (f"{now}-{kind}" if kind else now)
 
 
-def free_folder(out: Path | None, kind: str) -> Path:
-    """The folder of a step's result. Raises RunError if it would be written over."""
+def free_folder(out: Path | None, kind: str, unfinished: str = "") -> Path:
+    """The folder of a step's result. Raises RunError if it would be written over; the file ``unfinished`` may lie there."""
     folder = out if out is not None else dated(kind)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(path.name != unfinished for path in folder.iterdir())):
         raise RunError(f"{folder} exists and is not an empty folder; give another --out")
     return folder
 

@@ -68,7 +68,7 @@ Samples = Annotated[int, typer.Option("--samples", min=1, help="Of the calibrati
 Recover = Annotated[str, typer.Option("--recover", help="auto, none, compensate, or distill.")]
 Epochs = Annotated[int, typer.Option("--epochs", min=1, help="Passes over the training batches.")]
 Format = Annotated[
-    str, typer.Option("--format", help="Of every layer: int8, float32, or weights of few bits, such as 'weights uint4 group 32'.")
+    str, typer.Option("--format", help="Of every layer: int8, w4a8, float32, or weights of few bits, such as 'weights uint4 group 32'.")
 ]
 Layer = Annotated[
     list[str] | None, typer.Option("--layer", metavar="PATTERN=FORMAT", help="Format of some layers by address; may be repeated.")
@@ -76,6 +76,15 @@ Layer = Annotated[
 Ranges = Annotated[str, typer.Option("--ranges", help="Of int8 activations: mse, percentile, entropy, minmax or moving.")]
 Rounding = Annotated[str, typer.Option("--rounding", help="Of weights beside float activations: auto, nearest, hqq, gptq or descent.")]
 Smoothing = Annotated[bool, typer.Option("--smoothing/--no-smoothing", help="Of int8 activations whose channels differ much.")]
+Train = Annotated[
+    str,
+    typer.Option(
+        "--recover",
+        help="none, or qat: train the weights and their grids as they will be rounded, for --epochs; the same command on the same folder "
+        "resumes a training that was stopped.",
+    ),
+]
+Learn = Annotated[str, typer.Option("--learn", help="How grids learn with --recover qat: lsq, pact, or fixed.")]
 Drop = Annotated[
     str | None, typer.Option("--drop", help="Most that quality may fall, '0.3 %' for instance: the fewest layers then stay float.")
 ]
@@ -195,21 +204,41 @@ def quantize(
     smoothing: Smoothing = True,
     rounding: Rounding = "auto",
     drop: Drop = None,
+    recover: Train = "none",
+    learn: Learn = "lsq",
+    epochs: Epochs = 5,
     target: options.TargetName = "onnxruntime",
     out: options.OutFolder = None,
     seed: options.Seed = 0,
     debug: options.Debug = False,
 ) -> None:
     """Give weights and activations fewer bits; write the snapped weights and the file."""
-    with guarded(debug, task):
+    trains = recover.lower() != "none"
+    folder = out if out is not None else options.dated("quantize")
+    with guarded(debug, task, folder if trains else None, "" if out is not None else f"--out {folder}"):
         checked_path(task)
-        goal, folder = options.the_target(target, 1, 1), options.free_folder(out, "quantize")
+        from shohin.run import CHECKPOINT
+
+        goal = options.the_target(target, 1, 1)
+        options.free_folder(folder, "quantize", CHECKPOINT if trains else "")
         formats = _formats(format, layer)
         values = load_task(task, seed)
+        from shohin.quantization import QAT
         from shohin.verbs import quantize
 
         made = quantize(
-            values["model"], values["data"], formats, goal, ranges=ranges, smoothing=smoothing, rounding=rounding, drop=drop, seed=seed
+            values["model"],
+            values["data"],
+            formats,
+            goal,
+            ranges=ranges,
+            smoothing=smoothing,
+            rounding=rounding,
+            drop=drop,
+            recover=QAT(learn) if recover == "qat" else recover if trains else None,  # type: ignore[arg-type]
+            epochs=epochs,
+            seed=seed,
+            out=folder if trains else None,
         )
         _deliver(made, values["data"], goal, folder)
 

@@ -1,5 +1,6 @@
 """Formats: how numbers are held, and quantizers: a format with its scales."""
 
+from shohin.formats.bits import INT8, Bits, is_bits
 from shohin.formats.blocks import BLOCK_FORMATS, BlockFormat, named_block
 from shohin.formats.floating import FLOAT_FORMATS, FloatFormat, named_float
 from shohin.formats.integer import FORMATS, Format, named_format
@@ -11,11 +12,14 @@ __all__ = [
     "BLOCK_FORMATS",
     "FLOAT_FORMATS",
     "FORMATS",
+    "INT8",
+    "Bits",
     "BlockFormat",
     "FloatFormat",
     "Format",
     "Quantizer",
     "Scheme",
+    "is_bits",
     "is_scheme",
     "named_block",
     "named_float",

@@ -11,6 +11,7 @@ from torch import nn
 from shohin.candidate import Candidate
 from shohin.data import first_output
 from shohin.distillation import FEATURES, LABELS, FeatureTap, Teacher, distill
+from shohin.formats import Bits
 from shohin.graph import Graph, kept_indices
 from shohin.graph.labels.core import Labels
 from shohin.pipeline.job import Job, load_tensors, own_tensors
@@ -166,8 +167,7 @@ def _ship(job: Job, finalist: Finalist, plan: Plan, made: Cut, program: Program,
     extra: dict[str, Any] = {}
     if layers:
         quantized, extra = _quantize(job, program, layers)
-        weights = next(iter(quantized.weights.values())).format.name
-        plan = Plan(plan.fingerprint, plan.widths, plan.skips, dict.fromkeys(plan.formats, weights))
+        plan = Plan(plan.fingerprint, plan.widths, plan.skips, dict.fromkeys(plan.formats, extra.pop("bits")))
         view, grids, notes = lower_quantized(job.target, quantized, path, job.example, job.example_kwargs)
         values = unfold_state(quantized.folded, quantized.program.tensors, program.tensors)
         load_tensors(made.model, values)
@@ -195,10 +195,10 @@ def _quantize(job: Job, program: Program, layers: set[str]) -> tuple[Quantized, 
     """Integers with the target's safe scales; where these are needed, 7-bit weights are tried too and the better ones stay."""
     tried = {}
     rule = job.target.least_scale()
-    options = [("int8", rule), ("int7", None)] if rule is not None else [("int8", None)]
+    options = [("int8", rule), ("w7a8", None)] if rule is not None else [("int8", None)]
     for name, scale in options:
-        quantized = quantize_program(program, layers, job.calibration, weight_format=name, least_scale=scale)
+        quantized = quantize_program(program, layers, job.calibration, formats=Bits.parse(name), least_scale=scale)
         tried[name] = (job.divergence(quantized.view()), quantized)
     best = min(tried, key=lambda n: tried[n][0])
-    label = {"int8": "pair-safe 8-bit" if rule is not None else "8-bit", "int7": "7-bit"}
-    return tried[best][1], {"weights": label[best], "weights_tried": {label[n]: loss for n, (loss, _) in tried.items()}}
+    label = {"int8": "pair-safe 8-bit" if rule is not None else "8-bit", "w7a8": "7-bit"}
+    return tried[best][1], {"bits": best, "weights": label[best], "weights_tried": {label[n]: loss for n, (loss, _) in tried.items()}}

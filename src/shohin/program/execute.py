@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from shohin.data import Call
 from shohin.errors import DataError
 from shohin.program.inputs import arranged
 from shohin.program.nodes import arguments, callable_of, run
+from shohin.program.origins import family
 from shohin.program.program import Program
 
 
@@ -24,6 +26,7 @@ class _Form:
     def __init__(self, program: Program) -> None:
         self.inputs, self.outputs, self.signature = program.in_spec, program.out_spec, program.signature
         self.example = tuple(x.new_empty(0) if isinstance(x, Tensor) else x for x in program.example)  # kinds, not values
+        self.compile: Callable[..., Callable[..., Any]]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Form:
         return self
@@ -67,7 +70,8 @@ class ProgramModule(nn.Module):
         for name in program.tensors:
             if name in values and id(values[name]) in present:
                 self._register(name, values[name], name in program.trainable)
-        self._functions = {mode: _compile(source, program.names, taps, training=mode) for mode in (False, True)}
+        self._form.compile = partial(_compile, source, program.names, taps)
+        self._functions = {mode: self._form.compile(training=mode) for mode in (False, True)}
         self.__class__ = _signed(str(program.signature), program.signature)
         self.train(program.training)
 
@@ -93,6 +97,10 @@ class ProgramModule(nn.Module):
         outputs = self._functions[self.training](self, *self._form.flat(args, kwargs))
         return tuple(outputs) if self._tapped else pytree.tree_unflatten(list(outputs), self._form.outputs)
 
+    def settle(self, families: frozenset[str]) -> None:
+        """From now on operations of these families ("batch_norm") do in training what they do in evaluation."""
+        self._functions[True] = self._form.compile(training=True, settled=families)
+
 
 _CLASSES: dict[str, type[ProgramModule]] = {}
 
@@ -111,8 +119,10 @@ def _signed(key: str, signature: inspect.Signature) -> type[ProgramModule]:
     return _CLASSES[key]
 
 
-def _compile(graph: fx.Graph, names: Mapping[str, str], taps: tuple[str, ...], *, training: bool) -> Callable[..., Any]:
-    """The graph as a Python function ``f(module, *flat inputs)``."""
+def _compile(
+    graph: fx.Graph, names: Mapping[str, str], taps: tuple[str, ...], *, training: bool, settled: frozenset[str] = frozenset()
+) -> Callable[..., Any]:
+    """The graph as a Python function ``f(module, *flat inputs)``; operations of ``settled`` families always as in evaluation."""
     copy = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
@@ -126,7 +136,7 @@ def _compile(graph: fx.Graph, names: Mapping[str, str], taps: tuple[str, ...], *
             mapping[node] = copy.node_copy(node, lambda n: mapping[n])
             if node.op == "call_function":
                 mapping[node].target = callable_of(node)
-            if training:
+            if training and not (node.op == "call_function" and family(node) in settled):
                 _set_training(mapping[node])
     code = copy.python_code("self")
     space: dict[str, Any] = {"torch": torch, "device": torch.device, **code.globals}

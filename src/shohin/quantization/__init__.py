@@ -1,5 +1,6 @@
 """Fewer bits: sites, ranges, weight grids, rounding, bias correction and the view that simulates them."""
 
+from shohin.quantization.aware import QAT, AwareModule
 from shohin.quantization.fallback import fewest_returned
 from shohin.quantization.layers import quantize_layers
 from shohin.quantization.quantized import Quantized
@@ -9,7 +10,9 @@ from shohin.quantization.static import placeholder, quantize_program, weight_qua
 from shohin.quantization.weights import ROUNDINGS, quantize_weights, weights_by_address
 
 __all__ = [
+    "QAT",
     "ROUNDINGS",
+    "AwareModule",
     "Quantized",
     "Sites",
     "fewest_returned",

@@ -22,7 +22,7 @@ from shohin.formats import Quantizer
 from shohin.program import Program, call_inputs, family, fold, interpret
 from shohin.program.fold import CONVOLUTIONS
 from shohin.quantization.quantized import Quantized
-from shohin.quantization.sites import LAYERS, base
+from shohin.quantization.sites import base, weight_of
 
 #: samples that errors are estimated on
 SAMPLES = 64
@@ -83,7 +83,7 @@ def damages(program: Program, quantized: Quantized, calls: Sequence[Call], seed:
         calls: batches; about `SAMPLES` samples are used.
     """
     plain, tensors = fold(program).program, quantized.program.tensors
-    nodes = [n for n in plain.graph.nodes if _weight(plain, n) in quantized.weights]
+    nodes = [n for n in plain.graph.nodes if weight_of(plain, n) in quantized.weights]
     totals = {n.name: torch.zeros(6, dtype=torch.float64) for n in nodes}
     seen = 0
     generator = torch.Generator().manual_seed(seed)
@@ -115,12 +115,6 @@ def _maker(program: Program, quantized: Quantized, node: fx.Node) -> str | None:
         first: Any = source.args[0]
         source = first[0] if isinstance(first, (list, tuple)) else first
     return None
-
-
-def _weight(program: Program, node: fx.Node) -> str | None:
-    if node.op != "call_function" or family(node) not in LAYERS or not isinstance(node.args[1], fx.Node):
-        return None
-    return program.names.get(node.args[1].name)
 
 
 def _one(

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from shohin.data import Call
 from shohin.evidence.calibration import Ranges
-from shohin.formats import Scheme, is_scheme
+from shohin.formats import Bits, Scheme, is_scheme
 from shohin.program import Program
 from shohin.quantization.quantized import Quantized
 from shohin.quantization.static import LeastScale, quantize_program
@@ -28,7 +28,7 @@ def quantize_layers(
     """The program with each layer in its format.
 
     Args:
-        formats: layer address -> "int8" (weights and activations) or a weight scheme; a layer that is absent stays float.
+        formats: layer address -> "int8" or "wXaY" (weights and activations) or a weight scheme; a layer that is absent stays float.
         rounding: of the weight schemes; see `quantize_weights`.
         ranges, smoothing, least_scale: of the integer layers; see `quantize_program`.
 
@@ -36,12 +36,16 @@ def quantize_layers(
         PlanError, DataError: as these two do.
     """
     schemes = {address: Scheme.parse(text) for address, text in formats.items() if is_scheme(text)}
-    integer = formats.keys() - schemes.keys()
+    integer = {address: Bits.parse(text) for address, text in formats.items() if address not in schemes}
+
+    def static(given: Program) -> Quantized:
+        return quantize_program(given, set(integer), calls, formats=integer, ranges=ranges, smoothing=smoothing, least_scale=least_scale)
+
     if not schemes:
-        return quantize_program(program, set(integer), calls, ranges=ranges, smoothing=smoothing, least_scale=least_scale)
+        return static(program)
     alone = quantize_weights(program, calls, schemes, rounding=rounding, seed=seed)
     if not integer:
         return alone
-    static = quantize_program(alone.program, set(integer), calls, ranges=ranges, smoothing=smoothing, least_scale=least_scale)
-    folded = replace(static.folded, folded=alone.folded.folded)
-    return Quantized(folded, static.activations, {**alone.weights, **static.weights}, static.sites)
+    both = static(alone.program)
+    folded = replace(both.folded, folded=alone.folded.folded)
+    return Quantized(folded, both.activations, {**alone.weights, **both.weights}, both.sites)

@@ -33,13 +33,56 @@ def snap(x: Tensor, scale: float, zero: int, low: int, high: int) -> Tensor:
     return result
 
 
-def _channels_snap(quantizer: Quantizer) -> Callable[[Tensor], Tensor]:
-    """A function of its own for each grid: the compiled graph holds no tensors as arguments."""
+Insert = Callable[[fx.Graph, fx.Node], fx.Node]
+"""(graph, node) -> a new node with the rounded values of the node."""
 
-    def snap_channels(x: Tensor) -> Tensor:
+
+def with_snaps(program: Program, inserts: Mapping[str, Insert], readers: Mapping[str, frozenset[str]]) -> fx.Graph:
+    """A copy of the program's graph with something after some nodes.
+
+    Args:
+        inserts: node name -> what follows it. All that read the node read that instead, but for outputs of the model, which files keep float.
+        readers: node name -> the operations that alone read it so; of all others, all do.
+    """
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.nodes:
+        if node.op == "output":
+            graph.output(fx.map_arg(node.args[0], lambda n: mapping[n]))
+        else:
+            mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+    for node in program.graph.nodes:
+        insert = inserts.get(node.name)
+        if insert is None:
+            continue
+        place = source = mapping[node]
+        while place.op == "placeholder" and place.next.op == "placeholder":
+            place = place.next
+        with graph.inserting_after(place):
+            snapped = insert(graph, source)
+        chosen = readers.get(node.name)
+        if chosen is not None:
+            for reader in program.graph.nodes:
+                if reader.name in chosen:
+                    for argument in reader.all_input_nodes:
+                        if base(argument) is node:
+                            mapping[reader].replace_input_with(mapping[argument], snapped)
+            continue
+        for user in list(source.users):
+            if user is not snapped and user.op != "output":
+                user.replace_input_with(source, snapped)
+    return graph
+
+
+def _inserted(quantizer: Quantizer) -> Insert:
+    if quantizer.axis is None:
+        constants = (float(quantizer.scale.float()), int(quantizer.zero_point), quantizer.format.low, quantizer.format.high)
+        return lambda graph, source: graph.call_function(snap, (source, *constants))
+
+    def snap_channels(x: Tensor) -> Tensor:  # its own for each grid: the compiled graph holds no tensors as arguments
         return quantizer.fake(x)
 
-    return snap_channels
+    return lambda graph, source: graph.call_function(snap_channels, (source,))
 
 
 def simulated_graph(
@@ -52,39 +95,12 @@ def simulated_graph(
             unsnapped, as files keep them float.
         readers: see `Sites.readers`; of smoothed nodes.
     """
-    graph = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    raw: dict[fx.Node, fx.Node] = {}
-    for node in program.graph.nodes:
-        if node.op == "output":
-            graph.output(fx.map_arg(node.args[0], lambda n: raw[n]))
-            continue
-        raw[node] = mapping[node] = graph.node_copy(node, lambda n: mapping[n])
-    for node in program.graph.nodes:
-        q = activations.get(node.name)
-        if q is None:
-            continue
-        source = raw[node]
-        place = source
-        while place.op == "placeholder" and place.next.op == "placeholder":
-            place = place.next
-        with graph.inserting_after(place):
-            if q.axis is None:
-                snapped = graph.call_function(snap, (source, float(q.scale.float()), int(q.zero_point), q.format.low, q.format.high))
-            else:
-                snapped = graph.call_function(_channels_snap(q), (source,))
-        chosen = (readers or {}).get(node.name) if q.axis is not None else None
-        if chosen is not None:
-            for reader in program.graph.nodes:
-                if reader.name in chosen:
-                    for argument in reader.all_input_nodes:
-                        if base(argument) is node:
-                            raw[reader].replace_input_with(raw[argument], snapped)
-            continue
-        for user in list(source.users):
-            if user is not snapped and user.op != "output":
-                user.replace_input_with(source, snapped)
-    return graph
+    return with_snaps(program, {name: _inserted(q) for name, q in activations.items()}, read_apart(activations, readers or {}))
+
+
+def read_apart(activations: Mapping[str, Quantizer], readers: Mapping[str, frozenset[str]]) -> dict[str, frozenset[str]]:
+    """Of `Sites.readers` those of smoothed nodes, whose codes they alone read."""
+    return {name: readers[name] for name, q in activations.items() if q.axis is not None and name in readers}
 
 
 def simulate(program: Program, activations: Mapping[str, Quantizer], readers: Mapping[str, frozenset[str]] | None = None) -> ProgramModule:

@@ -70,9 +70,15 @@ def quantizable(program: Program) -> list[str]:
     return [program.origins[n.name].address for n in program.graph.nodes if _is_layer(program, n)]
 
 
+def weight_of(program: Program, node: fx.Node) -> str | None:
+    """The name of the weight that a node contracts with as a layer; None if it is no layer with a weight of the model."""
+    if node.op != "call_function" or family(node) not in LAYERS or not isinstance(node.args[1], fx.Node):
+        return None
+    return program.names.get(node.args[1].name)
+
+
 def _is_layer(program: Program, node: fx.Node) -> bool:
-    args: Any = node.args
-    return node.op == "call_function" and family(node) in LAYERS and isinstance(args[1], fx.Node) and args[1].name in program.names
+    return weight_of(program, node) is not None
 
 
 def find_sites(program: Program, layers: set[str]) -> Sites:

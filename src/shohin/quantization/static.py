@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,14 +13,15 @@ from shohin.data import Call
 from shohin.errors import DataError, PlanError
 from shohin.evidence.calibration import METHODS, Method, Observer, Ranges, chosen_range
 from shohin.evidence.ranges import grid
-from shohin.formats import Quantizer, named_format
+from shohin.formats import INT8, Bits, Format, Quantizer, Scheme
 from shohin.program import Folded, Program, family, fold
 from shohin.program.fold import CONVOLUTIONS
 from shohin.program.nodes import argument
 from shohin.quantization.biases import corrected, on_the_grid_of_sums
+from shohin.quantization.grids import fitted_grid
 from shohin.quantization.observation import leading_calls, observed, range_methods, row_masks
 from shohin.quantization.quantized import Quantized
-from shohin.quantization.sites import Sites, find_sites, integer_layers, quantizable
+from shohin.quantization.sites import Sites, base, find_sites, integer_layers, quantizable
 from shohin.quantization.smoothing import GAIN, ROWS, Channels, read_as_floats, smoothable, smoothed
 
 #: the least scale of each output channel of a weight (a target's rule, for example pair-safe scales), or None
@@ -31,8 +33,7 @@ def quantize_program(
     layers: set[str],
     calls: Sequence[Call],
     *,
-    weight_format: str = "int8",
-    activation_format: str = "uint8",
+    formats: Bits | Mapping[str, Bits] = INT8,
     ranges: Ranges = "mse",
     smoothing: bool = True,
     least_scale: LeastScale | None = None,
@@ -44,6 +45,8 @@ def quantize_program(
         program: with the values to quantize (trained, cut...).
         layers: addresses of convolutions and linear layers.
         calls: calibration batches, iterated twice.
+        formats: of all layers, or of each by its address. An activation that several layers read has the bits of the one that asks for
+            the most; what no layer reads (a sum of two sums, say) has 8.
         ranges: how ranges of activations are chosen, one of `shohin.evidence.calibration.METHODS`; or patterns of their addresses (an
             operation's, an input's name) to methods, of which the last one that matches decides, and "mse" where none does.
         smoothing: give activations that floating operations make, and that linear layers alone read as codes, a scale for each channel
@@ -68,25 +71,31 @@ def quantize_program(
     smooth = {site: names for site, names in smoothable(folded.program, sites).items() if smoothing and methods[site] is METHODS["mse"]}
     channels = {site: Channels(-(-ROWS // len(calls))) for site in smooth}
     observers, means = observed(folded.program, sites, calls, methods, len(leading), masks, channels)
-    activations = _activation_quantizers(sites, observers, methods, activation_format)
-    tensors = dict(folded.program.tensors)
-    form, weights = named_format(activation_format), dict[str, Quantizer]()
+    chosen = {address: formats if isinstance(formats, Bits) else formats[address] for address in sites.layers}
+    forms = activation_formats(folded.program, sites, chosen)
+    activations = _activation_quantizers(sites, observers, methods, forms)
+    tensors, weights = dict(folded.program.tensors), dict[str, Quantizer]()
+    held = {sites.layers[address]: bits.weights for address, bits in chosen.items()}
     for site, names in smooth.items():
         shared = read_as_floats(folded.program, sites, site)  # then smoothing spares these readers its rounding, too
         gain = 0.0 if shared else GAIN
         q = smoothed(
-            channels[site], [tensors[n] for n in names], form, lambda w: weight_quantizer(w, weight_format, least_scale), gain=gain
+            channels[site],
+            [tensors[n] for n in names],
+            forms[site],
+            lambda w, form=held[names[0]]: weight_quantizer(w, form, least_scale),  # type: ignore[misc]
+            gain=gain,
         )
         if q is not None:
             activations[site] = q
             for name in names:
-                over = weight_quantizer((tensors[name].detach() / q.factors).float(), weight_format, least_scale)
+                over = weight_quantizer((tensors[name].detach() / q.factors).float(), held[name], least_scale)
                 weights[name] = replace(over, columns=q.factors)
     for node in integer_layers(folded.program, sites):
         name = sites.layers[folded.program.origins[node.name].address]
         if name not in weights:
             groups = argument(node, 6, 1) if family(node) in CONVOLUTIONS else 1
-            weights[name] = weight_quantizer(tensors[name], weight_format, least_scale, groups)
+            weights[name] = weight_quantizer(tensors[name], held[name], least_scale, groups)
     tensors |= {name: q.fake(tensors[name].detach()).detach() for name, q in weights.items()}
     program = replace(folded.program, tensors=tensors)
     if correct_bias:
@@ -99,21 +108,36 @@ def placeholder(program: Program, layers: set[str]) -> Quantized:
     """A quantized program with made-up activation grids, for timing: what it computes is meaningless, what it costs is not."""
     folded = fold(program)
     sites = find_sites(folded.program, layers & set(quantizable(folded.program)))
-    form = named_format("uint8")
+    form = INT8.activations
     own = {}
     for name in sites.own:
         positive = sites.low.get(name) == 0.0
         own[name] = Quantizer(form, torch.tensor(6 / 255 if positive else 0.05, dtype=torch.float64), torch.tensor(0 if positive else 128))
-    weights = {name: weight_quantizer(folded.program.tensors[name], "int7", None, steps=0) for name in sites.layers.values()}
+    weights = {
+        name: weight_quantizer(folded.program.tensors[name], Bits.parse("w7a8").weights, None, steps=0) for name in sites.layers.values()
+    }
     return Quantized(folded, {name: own[root] for name, root in sites.grids.items()}, weights, sites)
 
 
+def activation_formats(program: Program, sites: Sites, formats: Mapping[str, Bits]) -> dict[str, Format]:
+    """Node that has its own grid -> its format: the most bits that a layer which reads it (or what only moves it) asks for; 8 if none does.
+
+    Args:
+        formats: of the integer layers, by address.
+    """
+    asked: dict[str, list[Format]] = {name: [] for name in sites.own}
+    for node in integer_layers(program, sites):
+        source: Any = node.args[0]
+        asked[sites.grids[base(source).name]].append(formats[program.origins[node.name].address].activations)
+    return {name: max(found, key=lambda form: form.bits, default=INT8.activations) for name, found in asked.items()}
+
+
 def _activation_quantizers(
-    sites: Sites, observers: Mapping[str, Observer], methods: Mapping[str, Method], format_name: str
+    sites: Sites, observers: Mapping[str, Observer], methods: Mapping[str, Method], forms: Mapping[str, Format]
 ) -> dict[str, Quantizer]:
-    form = named_format(format_name)
     own = {}
     for name, observer in observers.items():
+        form = forms[name]
         low, high = chosen_range(observer, form, methods[name])
         low = max(low, sites.low[name]) if name in sites.low else low
         high = min(high, sites.high[name]) if name in sites.high else high
@@ -124,16 +148,16 @@ def _activation_quantizers(
     return {name: own[root] for name, root in sites.grids.items()}
 
 
-def weight_quantizer(
-    weight: Tensor, format_name: str, least_scale: LeastScale | None = None, groups: int = 1, steps: int = 40
-) -> Quantizer:
+def weight_quantizer(weight: Tensor, form: Format, least_scale: LeastScale | None = None, groups: int = 1, steps: int = 40) -> Quantizer:
     """Per-channel symmetric scales with the least squared error, none below the target's least scale.
 
     Args:
         weight: (out, in, *kernel).
+        form: with less than 7 bits no kernel can saturate, and the target's least scale does not count.
         groups: of the convolution.
     """
-    form = named_format(format_name)
+    if form.bits < 7:
+        return fitted_grid(weight, Scheme(form))
     flat = weight.detach().double().reshape(len(weight), -1)
     largest = flat.abs().amax(1).clamp_min(1e-12)
     least = torch.zeros_like(largest) if least_scale is None else least_scale(weight.detach(), groups).double()

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from shohin.candidate import Measurement
-    from shohin.formats import Quantizer
-    from shohin.formats.scheme import Scheme
+    from shohin.formats import Bits, Quantizer, Scheme
     from shohin.program import Program
 
 
@@ -275,6 +274,15 @@ class Target(ABC):
             kind: of the layer, "linear", "convolution" or "depthwise".
         """
         return f"the target {self.name!r} has no kernels for weights of few bits; it has {', '.join(self.formats)}"
+
+    def unfit(self, bits: Bits) -> str:
+        """Why this target cannot run layers on such integers natively, with what it can; "" if it can."""
+        if "int8" not in self.formats:
+            return f"the target {self.name!r} has no integer kernels; it has {', '.join(self.formats)}"
+        if bits.activations.bits == 8:
+            return ""
+        near = "'int8'" if bits.weights.bits == 8 else f"'int8' or 'w{bits.weights.bits}a8' (weights in the same kernels, held in 8 bits)"
+        return f"the kernels of {self.name!r} read activations of 8 bits: ask for {near}, or give target=None to simulate {str(bits)!r}"
 
     @abstractmethod
     def memory(self, path: Path, args: tuple[Any, ...], *, kwargs: Mapping[str, Any] | None = None) -> Measurement:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from shohin.candidate import Measurement, Metrics
 from shohin.data import Call, Data
-from shohin.errors import DataError, PlanError
+from shohin.errors import DataError, PlanError, RunError
 from shohin.graph import Graph
 from shohin.plan import Plan
 from shohin.surgery import Parts
@@ -69,6 +70,15 @@ def static_metrics(graph: Graph, plan: Plan, model: nn.Module) -> Metrics:
     how = "estimated: counted from shapes"
     params = float(sum(p.numel() for p in model.parameters()))
     return Metrics(macs=Measurement(graph.macs(plan), how + ", one sample"), params=Measurement(params, how))
+
+
+def checked_folder(out: Any) -> None:
+    """Raises RunError before the work if there is a file where the folder should be."""
+    if not isinstance(out, (str, Path)):
+        raise RunError(f"out is a folder, not {type(out).__name__}")
+    found = next((p for p in (Path(out), *Path(out).parents) if p.exists()), None)
+    if found is not None and not found.is_dir():
+        raise RunError(f"out={str(out)!r} should be a folder, but {found} is a file: give another folder")
 
 
 def one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:

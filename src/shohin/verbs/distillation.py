@@ -63,7 +63,7 @@ def distill(
     with seeded(checked(data), config.seed):
         several = [] if isinstance(teacher, (nn.Module, Teacher)) or not isinstance(teacher, Sequence) else teacher
         one = teacher.model if isinstance(teacher, Teacher) else several[0] if several else teacher
-        loss = answers[0] if answers else _fitting(one, next(data.calls("train"))) if isinstance(one, nn.Module) else "kd"
+        loss = answers[0] if answers else fitting_loss(one, next(data.calls("train"))) if isinstance(one, nn.Module) else "kd"
         kind = NAMED[loss].answers if loss in NAMED else "classes"
         whose = teacher if isinstance(teacher, (nn.Module, Teacher)) else Ensemble(teacher, answers=kind)
         model = whose.model if isinstance(whose, Teacher) else whose
@@ -89,7 +89,7 @@ def distill(
     return Candidate("distilled", Plan(""), own, metrics=Metrics(quality=quality), notes=notes)
 
 
-def _fitting(teacher: nn.Module, call: Call) -> str:
+def fitting_loss(teacher: nn.Module, call: Call) -> str:
     """The loss between answers that suits a batch: by its labels, and by what the teacher says."""
     from shohin.distillation.named import classes_at
     from shohin.evidence import answers

@@ -12,9 +12,9 @@ from torch import nn
 from shohin.budget import Budget
 from shohin.candidate import Candidate, Measurement
 from shohin.data import Data
-from shohin.errors import DataError, PlanError, RunError, closest
+from shohin.errors import DataError, PlanError, closest
 from shohin.targets import Target
-from shohin.verbs.common import calibration, checked, one_of, seeded, static_metrics, whole
+from shohin.verbs.common import calibration, checked, checked_folder, one_of, seeded, static_metrics, whole
 
 if TYPE_CHECKING:
     from shohin.pruning.sparse import Pattern
@@ -98,7 +98,7 @@ def prune(
     kinds, pattern = _granularity(granularity, keep)
     checked(data)
     if out is not None:
-        _check_folder(out)
+        checked_folder(out)
     if budget is not None:
         if keep is not None:
             raise PlanError("give keep= or budget=, not both")
@@ -141,15 +141,6 @@ def _within(
     facts: dict[str, Any] = {"met": found.met}
     facts |= {name: found.notes[name] for name in ("unmet", "reasons") if name in found.notes}
     return replace(found.best, notes={**found.best.notes, **facts})
-
-
-def _check_folder(out: str | Path) -> None:
-    """Raises RunError before the work if there is a file where the folder should be."""
-    if not isinstance(out, (str, Path)):
-        raise RunError(f"out is a folder, not {type(out).__name__}")
-    found = next((p for p in (Path(out), *Path(out).parents) if p.exists()), None)
-    if found is not None and not found.is_dir():
-        raise RunError(f"out={str(out)!r} should be a folder, but {found} is a file: give another folder")
 
 
 def _stored(model: nn.Module, out: str | Path | None) -> tuple[Measurement, Path | None]:

@@ -1,0 +1,74 @@
+"""Which format each layer gets: what the user asked for by patterns, as far as the target can run it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from shohin.addresses import match
+from shohin.errors import PlanError
+from shohin.evidence.layers import LayerWeight, layer_weights
+from shohin.formats import Bits, Scheme, is_bits, is_scheme
+from shohin.program import Program
+from shohin.targets import Target
+from shohin.verbs.common import one_of
+
+
+def chosen_formats(program: Program, format: str | Mapping[str, str], target: Target | None) -> tuple[dict[str, str], dict[str, str]]:
+    """Layer address -> its format, where it is not float; and why layers that a weight scheme was asked for stay float."""
+    from shohin.quantization import quantizable, weights_by_address
+
+    layers, weights = quantizable(program), weights_by_address(program)
+    chosen: dict[str, str] = {}
+    left: dict[str, str] = {}
+    for pattern, text in ({"*": format} if isinstance(format, str) else format).items():
+        scheme = Scheme.parse(text) if isinstance(text, str) and is_scheme(text) else None
+        found = match(pattern, layers)
+        if scheme is None and not (isinstance(text, str) and is_bits(text)):
+            one_of("format", text, ("float32", "int8", "w4a8", "weights int4 group 32", "weights uint4 group 32"))
+        elif scheme is None and target is not None and (why := target.unfit(Bits.parse(text))):
+            raise PlanError(f"{pattern!r} cannot be {text!r}: {why}")
+        unfit = {} if scheme is None else {a: reason for a in found if (reason := _misfit(a, scheme, weights, target))}
+        if len(unfit) == len(found):
+            reasons = {reason: address for address, reason in reversed(unfit.items())}
+            listed = "; ".join(f"{address}: {reason}" for reason, address in reversed(reasons.items()))
+            raise PlanError(f"no layer that {pattern!r} matches can be {text!r}: {listed}")
+        for address in found:
+            chosen[address] = "float32" if address in unfit else str(scheme or text)
+            left.pop(address, None)
+        left |= unfit
+    _check_shared(chosen, weights)
+    formats = {address: form for address, form in sorted(chosen.items()) if form != "float32"}
+    if any(map(is_scheme, formats.values())):
+        _check_types(program, formats, weights)
+        left |= layer_weights(program)[1]
+    return formats, left
+
+
+def _check_shared(chosen: Mapping[str, str], weights: Mapping[str, LayerWeight]) -> None:
+    """Raises PlanError if layers that share a weight of few bits are in other formats."""
+    for address, form in chosen.items():
+        if is_scheme(form):
+            for other, weight in weights.items():
+                if weight.name == weights[address].name and chosen.get(other, "float32") != form:
+                    raise PlanError(
+                        f"{address} and {other} share the weight {weight.name!r}, so it cannot be {form!r} for one and "
+                        f"{chosen.get(other, 'float32')!r} for the other: give both one format"
+                    )
+
+
+def _check_types(program: Program, chosen: Mapping[str, str], weights: Mapping[str, LayerWeight]) -> None:
+    for address, form in chosen.items():
+        if address in weights and (kind := program.tensors[weights[address].name].dtype) != torch.float32:
+            name = str(kind).removeprefix("torch.")
+            raise PlanError(f"{address} cannot be {form!r}: its weight is {name}, and the kernels take float32: quantize model.float()")
+
+
+def _misfit(address: str, scheme: Scheme, weights: Mapping[str, LayerWeight], target: Target | None) -> str:
+    if address not in weights:
+        return "an operation that is no layer reads its weight too"
+    if target is None:
+        return ""
+    why = target.misfit(scheme, weights[address].kind)
+    return f"the target {target.name!r}: {why}" if why else ""
