@@ -31,7 +31,7 @@ benchmark-distillation: setup .venv-torchdistill/.installed .venv-modelopt/.inst
 benchmark-pruning: setup $(VENV)/.understand .venv-modelopt/.installed
 	$(ONE_THREAD) $(BIN)/python benchmarks/pruning.py $(PRUNING)
 
-benchmark-quantization: setup .venv-nncf/.installed
+benchmark-quantization: setup .venv-nncf/.installed .venv-modelopt/.installed
 	$(ONE_THREAD) $(BIN)/python benchmarks/quantization.py $(QUANTIZATION)
 
 lint: setup

@@ -1,16 +1,17 @@
-"""Quantization beside its peers: ``python benchmarks/quantization.py int8 [...]`` and ``weights [...]``; without either, both.
+"""Quantization beside its peers: ``python benchmarks/quantization.py int8 [...]``, ``weights [...]`` and ``qat [...]``; without any, all.
 
-int8: integers without training, see `quantizing.integers`. weights: few bits beside float activations, see `quantizing.weights`.
+int8: integers without training, see `quantizing.integers`. weights: few bits beside float activations, see `quantizing.weights`. qat: 4-bit
+networks that are trained, see `quantizing.trained`.
 """
 
 import sys
 
-from quantizing import integers, weights
+from quantizing import integers, trained, weights
 
 
 def main() -> int:
     """The command."""
-    kinds = {"int8": integers.main, "weights": weights.main}
+    kinds = {"int8": integers.main, "weights": weights.main, "qat": trained.main}
     chosen, rest = (sys.argv[1:2], sys.argv[2:]) if sys.argv[1:2] and sys.argv[1] in kinds else (list(kinds), sys.argv[1:])
     return max(kinds[kind](rest) for kind in chosen)
 

@@ -18,7 +18,7 @@ from shohin.graph import Graph
 from shohin.pipeline.job import load_tensors, own_tensors
 from shohin.plan import Plan
 from shohin.program import Folded, Program, fold, with_graph
-from shohin.quantization import Quantized, find_sites, weights_by_address
+from shohin.quantization import Quantized, find_sites, tables, weights_by_address
 from shohin.result import Result
 from shohin.run import Run, checksum, read_json, read_tensors
 from shohin.surgery import cut_sharing_values, understand
@@ -132,10 +132,10 @@ def requantized(program: Program, candidate: Candidate) -> Quantized:
     """The quantized form of a program that holds a candidate's snapped weights, with the grids of the candidate's evidence."""
     folded, evidence, formats = fold(program), candidate.evidence, candidate.plan.formats
     sites = find_sites(folded.program, {address for address, form in formats.items() if not is_scheme(form)})
-    origins, known = folded.program.origins, weights_by_address(folded.program)
+    origins, known = folded.program.origins, {a: w.name for a, w in weights_by_address(folded.program).items()} | tables(folded.program)
     addresses = {n: origins[n].address if n in origins else n for n in sites.grids}
     activations = {n: evidence[a] for n, a in addresses.items() if a in evidence}
-    alone = [known[address].name for address, form in formats.items() if is_scheme(form)]
+    alone = [known[address] for address, form in formats.items() if is_scheme(form)]
     weights = {name: evidence[name] for name in (*sites.layers.values(), *alone)}
     tensors = {**folded.program.tensors, **{n: q.fake(folded.program.tensors[n].detach()).detach() for n, q in weights.items()}}
     return Quantized(Folded(replace(folded.program, tensors=tensors), folded.folded), activations, weights, sites)

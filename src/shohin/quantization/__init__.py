@@ -7,11 +7,13 @@ from shohin.quantization.quantized import Quantized
 from shohin.quantization.simulate import simulate
 from shohin.quantization.sites import Sites, find_sites, quantizable
 from shohin.quantization.static import placeholder, quantize_program, weight_quantizer
+from shohin.quantization.tables import TABLE, tables
 from shohin.quantization.weights import ROUNDINGS, quantize_weights, weights_by_address
 
 __all__ = [
     "QAT",
     "ROUNDINGS",
+    "TABLE",
     "AwareModule",
     "Quantized",
     "Sites",
@@ -23,6 +25,7 @@ __all__ = [
     "quantize_program",
     "quantize_weights",
     "simulate",
+    "tables",
     "weight_quantizer",
     "weights_by_address",
 ]

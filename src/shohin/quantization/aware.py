@@ -258,7 +258,7 @@ class _Builder:
         base, growth, _ = self._parts(graph, grid)
         sign = None if gamma is None else self._placeholder(graph, gamma)
         for place in [n for n in graph.nodes if n.op == "placeholder" and self.names.get(n.name) in aliases]:
-            readers = [user for user in place.users if user.op == "call_function" and family(user) in LAYERS]
+            readers = [user for user in place.users if user.op == "call_function" and family(user) in LAYERS | {"embedding"}]
             with graph.inserting_after([n for n in graph.nodes if n.op == "placeholder"][-1]):
                 snapped = graph.call_function(snap_weight, (place, base, growth, sign))
             for reader in readers:

@@ -8,9 +8,11 @@ from dataclasses import replace
 from shohin.data import Call
 from shohin.evidence.calibration import Ranges
 from shohin.formats import Bits, Scheme, is_scheme
-from shohin.program import Program
+from shohin.program import Program, fold
 from shohin.quantization.quantized import Quantized
+from shohin.quantization.sites import Sites
 from shohin.quantization.static import LeastScale, quantize_program
+from shohin.quantization.tables import quantize_tables, tables
 from shohin.quantization.weights import quantize_weights
 
 
@@ -28,13 +30,35 @@ def quantize_layers(
     """The program with each layer in its format.
 
     Args:
-        formats: layer address -> "int8" or "wXaY" (weights and activations) or a weight scheme; a layer that is absent stays float.
+        formats: layer address -> "int8" or "wXaY" (weights and activations) or a weight scheme; address of an embedding -> the scheme of
+            its table. What is absent stays float.
         rounding: of the weight schemes; see `quantize_weights`.
         ranges, smoothing, least_scale: of the integer layers; see `quantize_program`.
 
     Raises:
         PlanError, DataError: as these two do.
     """
+    embeddings = tables(program)
+    program, held = quantize_tables(program, formats.keys() & embeddings.keys())
+    formats = {address: text for address, text in formats.items() if address not in embeddings}
+    found = _layers(program, calls, formats, rounding, ranges, smoothing, least_scale, seed) if formats else _tables_alone(program)
+    return replace(found, weights={**held, **found.weights})
+
+
+def _tables_alone(program: Program) -> Quantized:
+    return Quantized(fold(program), {}, {}, Sites({}, {}, {}, {}))
+
+
+def _layers(
+    program: Program,
+    calls: Sequence[Call],
+    formats: Mapping[str, str],
+    rounding: str,
+    ranges: Ranges,
+    smoothing: bool,
+    least_scale: LeastScale | None,
+    seed: int,
+) -> Quantized:
     schemes = {address: Scheme.parse(text) for address, text in formats.items() if is_scheme(text)}
     integer = {address: Bits.parse(text) for address, text in formats.items() if address not in schemes}
 

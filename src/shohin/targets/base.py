@@ -271,7 +271,7 @@ class Target(ABC):
         """Why this target cannot run weights held so natively beside float activations, with what it can; "" if it can.
 
         Args:
-            kind: of the layer, "linear", "convolution" or "depthwise".
+            kind: of the layer, "linear", "convolution" or "depthwise"; "table" of an embedding.
         """
         return f"the target {self.name!r} has no kernels for weights of few bits; it has {', '.join(self.formats)}"
 

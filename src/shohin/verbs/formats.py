@@ -17,20 +17,21 @@ from shohin.verbs.common import one_of
 
 def chosen_formats(program: Program, format: str | Mapping[str, str], target: Target | None) -> tuple[dict[str, str], dict[str, str]]:
     """Layer address -> its format, where it is not float; and why layers that a weight scheme was asked for stay float."""
-    from shohin.quantization import quantizable, weights_by_address
+    from shohin.quantization import TABLE, quantizable, tables, weights_by_address
 
-    layers, weights = quantizable(program), weights_by_address(program)
+    layers, weights, embeddings = quantizable(program), weights_by_address(program), tables(program)
     chosen: dict[str, str] = {}
     left: dict[str, str] = {}
     for pattern, text in ({"*": format} if isinstance(format, str) else format).items():
         scheme = Scheme.parse(text) if isinstance(text, str) and is_scheme(text) else None
-        found = match(pattern, layers)
+        named = match(pattern, [*layers, *embeddings])
+        found = [address for address in named if address not in embeddings]
         if scheme is None and not (isinstance(text, str) and is_bits(text)):
             one_of("format", text, ("float32", "int8", "w4a8", "weights int4 group 32", "weights uint4 group 32"))
         elif scheme is None and target is not None and (why := target.unfit(Bits.parse(text))):
             raise PlanError(f"{pattern!r} cannot be {text!r}: {why}")
         unfit = {} if scheme is None else {a: reason for a in found if (reason := _misfit(a, scheme, weights, target))}
-        if len(unfit) == len(found):
+        if found and len(unfit) == len(found):
             reasons = {reason: address for address, reason in reversed(unfit.items())}
             listed = "; ".join(f"{address}: {reason}" for reason, address in reversed(reasons.items()))
             raise PlanError(f"no layer that {pattern!r} matches can be {text!r}: {listed}")
@@ -38,11 +39,16 @@ def chosen_formats(program: Program, format: str | Mapping[str, str], target: Ta
             chosen[address] = "float32" if address in unfit else str(scheme or text)
             left.pop(address, None)
         left |= unfit
+        table = "" if target is None else target.misfit(TABLE, "table")
+        for address in set(named) - set(found):  # in 8 bits, whatever few bits were asked for
+            chosen[address] = "float32" if text == "float32" or table else str(TABLE)
+            if table and text != "float32":
+                left[address] = table
     _check_shared(chosen, weights)
     formats = {address: form for address, form in sorted(chosen.items()) if form != "float32"}
-    if any(map(is_scheme, formats.values())):
+    if any(is_scheme(form) for address, form in formats.items() if address not in embeddings):
         _check_types(program, formats, weights)
-        left |= layer_weights(program)[1]
+        left |= {name: why for name, why in layer_weights(program)[1].items() if name not in embeddings.values()}
     return formats, left
 
 
@@ -51,7 +57,7 @@ def _check_shared(chosen: Mapping[str, str], weights: Mapping[str, LayerWeight])
     for address, form in chosen.items():
         if is_scheme(form):
             for other, weight in weights.items():
-                if weight.name == weights[address].name and chosen.get(other, "float32") != form:
+                if address in weights and weight.name == weights[address].name and chosen.get(other, "float32") != form:
                     raise PlanError(
                         f"{address} and {other} share the weight {weight.name!r}, so it cannot be {form!r} for one and "
                         f"{chosen.get(other, 'float32')!r} for the other: give both one format"

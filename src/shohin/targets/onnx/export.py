@@ -226,14 +226,17 @@ def _values(model: ir.Model) -> Iterator[ir.Value]:
 
 
 def _optimize(model: ir.Model) -> None:
-    """The exporter's own optimizer without its merging of equal initializers, and without folding transposed parameters."""
+    """The exporter's own optimizer without its merging of equal initializers, and without folding transposed parameters and tables."""
     import onnx_ir as ir
     import onnx_ir.passes.common as passes
     from onnxscript import optimizer, rewriter
 
     def fold(node: ir.Node) -> bool | None:
         first = node.inputs[0] if node.inputs else None
-        return False if node.op_type == "Transpose" and first is not None and first.is_initializer() else None
+        if first is None or not first.is_initializer():
+            return None
+        table = node.op_type == "Gather" and first.dtype == ir.DataType.FLOAT and first.shape is not None and len(first.shape) == 2
+        return False if table or node.op_type == "Transpose" else None
 
     passes.InlinePass()(model)
     for _ in range(2):

@@ -29,6 +29,9 @@ BITS, GROUPS = (2, 4, 8), (16, 32, 64, 128, 256)
 def misfit(scheme: Scheme, kind: str) -> str:
     """Why the runtime has no kernel for weights held so, with what it has; "" if it has one."""
     has = "linear layers, 'weights int4 group 32' or 'weights uint4 group 32' (2, 4 or 8 bits; groups of 16, 32, 64, 128 or 256)"
+    if kind == "table":
+        fits = scheme.granularity == "channel" and scheme.format.symmetric
+        return "" if fits else f"it looks up tables in 'weights int8 channel', not in {str(scheme)!r}"
     if kind != "linear":
         return f"it has no convolution with weights of few bits and float activations; it has {has}, and 'int8' for convolutions"
     if scheme.granularity != "group" or scheme.group not in GROUPS or scheme.format.bits not in BITS:

@@ -15,7 +15,7 @@ from shohin.errors import TargetError, closest
 from shohin.formats import Quantizer
 from shohin.run import write_atomic
 from shohin.targets.base import Lowered
-from shohin.targets.onnx import few_bits
+from shohin.targets.onnx import few_bits, tables
 from shohin.targets.onnx.edges import Layer, array, layers
 from shohin.targets.onnx.export import Exported, export
 from shohin.targets.onnx.qdq import insert_qdq, same, smooth
@@ -64,7 +64,7 @@ def lower(
         taps: names for the extra outputs, in order. Each names its tensor in the file and is not an output of the file.
         activations: tap or input name -> per-tensor 8-bit quantizer.
         weights: parameter name -> quantizer, per tensor or per output channel; with groups the layer keeps float activations
-            (see `shohin.targets.onnx.few_bits`).
+            (see `shohin.targets.onnx.few_bits`); of a table that is looked up, one scale for each row.
 
     Raises:
         TargetError: if the module does not export, a name matches nothing, or a quantizer does not fit.
@@ -105,6 +105,8 @@ def write(
     found = layers(model, transposed)
     by_name = tied | _resolve(model, {**parameters, **buffers}, found, {k: v for k, v in weights.items() if k not in tied})
     given = {by_name.get(name, name): quantizer for name, quantizer in weights.items()}
+    rows = tables.looked_up(model, given)
+    tables.insert(model, {name: given.pop(name) for name in rows})
     chosen = {name: q for name, q in given.items() if q.group is None}
     grouped = {name: q for name, q in given.items() if q.group is not None}
     outputs = {layer.weight: layer.output for layer in found}
