@@ -22,16 +22,22 @@ from shohin.distillation import LABELS, distill
 from shohin.pipeline.aware import settings
 
 EPOCHS, LEARNED = 5, 512
-#: weights and activations of every layer, the first and the last too
-FORMAT, BITS = "w4a4", 4
-OURS = {"shohin": "lsq", "shohin: pact": "pact", "shohin: fixed": "fixed"}
+BITS, FORMAT = 4, "w4a4"
+#: layers that have 8 bits, as in the papers, which leave the first and the last one so
+ENDS = {"resnet20": ("stem*", "head*"), "mobilenetv2": ("stem*", "head*")}
+OURS = {"shohin": "lsq", "shohin: pact": "pact", "shohin: fixed": "fixed", "shohin: ends of 4 bits too": "lsq"}
 PEER = "modelopt: max"
 METHODS = ("shohin: not trained", *OURS, PEER)
 #: points of accuracy below float
 DEMANDED = 1.0
 
 
-def modelopt(model: nn.Module, calls: list[Any]) -> nn.Module:
+def formats(name: str, method: str) -> dict[str, str]:
+    """Patterns of layers to formats."""
+    return {"*": FORMAT, **({} if method == "shohin: ends of 4 bits too" else dict.fromkeys(ENDS[name], "int8"))}
+
+
+def modelopt(model: nn.Module, name: str, calls: list[Any]) -> nn.Module:
     """ModelOpt's simulation: weights by output channel, inputs of layers by tensor, both signed, ranges by the largest value."""
     import modelopt.torch.quantization as mtq
 
@@ -40,6 +46,11 @@ def modelopt(model: nn.Module, calls: list[Any]) -> nn.Module:
             {"quantizer_name": "*", "enable": False},
             {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": BITS, "axis": 0}},
             {"quantizer_name": "*input_quantizer", "cfg": {"num_bits": BITS, "axis": None}},
+            *(
+                {"quantizer_name": f"{end}{kind}_quantizer", "cfg": {"num_bits": 8, "axis": axis}}
+                for end in ENDS[name]
+                for kind, axis in (("weight", 0), ("input", None))
+            ),
             {"quantizer_name": "*", "parent_class": "nn.BatchNorm2d", "enable": False},
         ],
         "algorithm": "max",
@@ -66,14 +77,14 @@ def run(name: str, method: str, seed: int) -> Record:
     record: Record = {"float": 100 * data.quality(model, "test")}
     if method == PEER:
         torch.manual_seed(seed)
-        student = modelopt(copy.deepcopy(model), list(data.calls("train", LEARNED))).to(memory_format=torch.channels_last)
+        student = modelopt(copy.deepcopy(model), name, list(data.calls("train", LEARNED))).to(memory_format=torch.channels_last)
         record["begin"] = 100 * data.quality(student)
         result = distill(student, model, data, config=config, loss="kd", alpha=LABELS)
         view, training = student.eval(), result.to_json()
     else:
         wanted = None if method not in OURS else QAT(OURS[method])  # type: ignore[arg-type]
         found = shohin.quantize(
-            model, data, FORMAT, None, recover=wanted, config=replace(config) if wanted else None, samples=LEARNED, seed=seed
+            model, data, formats(name, method), None, recover=wanted, config=replace(config) if wanted else None, samples=LEARNED, seed=seed
         )
         assert found.view is not None
         view, training = found.view.eval(), found.notes.get("training", {"history": []})
@@ -109,7 +120,7 @@ def figures(records: list[Record], whole: dict[str, Any]) -> dict[str, Any]:
 def text(records: list[Record], whole: dict[str, Any]) -> str:
     """Markdown."""
     lines = [
-        f"Fashion-MNIST, weights and activations of {BITS} bits in every layer ({FORMAT}), {EPOCHS} epochs, taught by the float network. "
+        f"Fashion-MNIST, weights and activations of {BITS} bits ({FORMAT}; 8 in the first and the last layer), {EPOCHS} epochs, taught by the float network. "
         f"Points of test accuracy below float; {DEMANDED:g} is demanded.",
         "",
         "| network | method | float | untrained, on validation | trained, on validation | test | lost | seeds | seconds |",

@@ -16,7 +16,7 @@ from shohin.errors import BudgetError, DataError
 from shohin.formats import is_scheme
 from shohin.program import ProgramModule, capture
 from shohin.quantization import quantizable, quantize_layers
-from shohin.quantization.fallback import Damage, damages
+from shohin.quantization.damage import Damage, damages
 
 
 class Poisoned(nn.Module):

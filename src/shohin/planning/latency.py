@@ -57,7 +57,7 @@ class LatencyModel:
         if not (np.isfinite(times).all() and (times > 0).all()):
             bad = int(np.flatnonzero(~(np.isfinite(times) & (times > 0)))[0])
             raise PlanError(f"timing {bad} is {times[bad]} ms; timings must be positive: measure again")
-        coefficients = _fit(features.matrix(choices), times, ridge)
+        coefficients = fit_nonnegative(features.matrix(choices), times, ridge)
         return LatencyModel(features, coefficients, tuple(choices), times, ridge)
 
     def refit(self, choices: Sequence[Choice], measured_ms: Sequence[float] | Floats) -> LatencyModel:
@@ -93,7 +93,7 @@ class LatencyModel:
         for i in range(len(times)):
             rest = np.arange(len(times)) != i
             if rest.any():
-                out[i] = abs(table[i] @ _fit(table[rest], times[rest], self.ridge) / times[i] - 1)
+                out[i] = abs(table[i] @ fit_nonnegative(table[rest], times[rest], self.ridge) / times[i] - 1)
         return out
 
     def errors_on(self, choices: Sequence[Choice], measured_ms: Sequence[float] | Floats) -> Floats:
@@ -148,7 +148,8 @@ class LatencyModel:
         return LatencyModel(features, coefficients, tuple(Choice.from_json(s) for s in samples), times, ridge)
 
 
-def _fit(table: Floats, times: Floats, ridge: float) -> Floats:
+def fit_nonnegative(table: Floats, times: Floats, ridge: float) -> Floats:
+    """Non-negative coefficients with the least squared relative error; the ridge is on columns scaled to their mean share of the time."""
     import scipy.optimize  # here, because it takes a third of a second
 
     relative = table / times[:, None]

@@ -26,6 +26,7 @@ def quantize_layers(
     smoothing: bool = True,
     least_scale: LeastScale | None = None,
     seed: int = 0,
+    plainly: bool = False,
 ) -> Quantized:
     """The program with each layer in its format.
 
@@ -34,6 +35,7 @@ def quantize_layers(
             its table. What is absent stays float.
         rounding: of the weight schemes; see `quantize_weights`.
         ranges, smoothing, least_scale: of the integer layers; see `quantize_program`.
+        plainly: round weight schemes to the nearest and correct no biases: quick, for what is only measured or compared.
 
     Raises:
         PlanError, DataError: as these two do.
@@ -41,7 +43,8 @@ def quantize_layers(
     embeddings = tables(program)
     program, held = quantize_tables(program, formats.keys() & embeddings.keys())
     formats = {address: text for address, text in formats.items() if address not in embeddings}
-    found = _layers(program, calls, formats, rounding, ranges, smoothing, least_scale, seed) if formats else _tables_alone(program)
+    shown, rounding = ([], "nearest") if plainly else (calls, rounding)
+    found = _layers(program, calls, shown, formats, rounding, ranges, smoothing, least_scale, seed) if formats else _tables_alone(program)
     return replace(found, weights={**held, **found.weights})
 
 
@@ -52,6 +55,7 @@ def _tables_alone(program: Program) -> Quantized:
 def _layers(
     program: Program,
     calls: Sequence[Call],
+    shown: Sequence[Call],
     formats: Mapping[str, str],
     rounding: str,
     ranges: Ranges,
@@ -67,7 +71,7 @@ def _layers(
 
     if not schemes:
         return static(program)
-    alone = quantize_weights(program, calls, schemes, rounding=rounding, seed=seed)
+    alone = quantize_weights(program, shown, schemes, rounding=rounding, seed=seed)
     if not integer:
         return alone
     both = static(alone.program)

@@ -77,6 +77,13 @@ def weight_of(program: Program, node: fx.Node) -> str | None:
     return program.names.get(node.args[1].name)
 
 
+def table_of(program: Program, node: fx.Node) -> str | None:
+    """The name of the table that an embedding looks up; None if a node is no embedding of the model's."""
+    if node.op != "call_function" or family(node) != "embedding" or not isinstance(node.args[0], fx.Node):
+        return None
+    return program.names.get(node.args[0].name)
+
+
 def _is_layer(program: Program, node: fx.Node) -> bool:
     return weight_of(program, node) is not None
 

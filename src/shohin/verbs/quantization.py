@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from shohin.budget import Budget
-from shohin.candidate import Candidate
-from shohin.data import Data
-from shohin.errors import DataError, PlanError, RunError
+from shohin.candidate import Candidate, Metrics
+from shohin.data import Call, Data
+from shohin.errors import BudgetError, DataError, PlanError, RunError
 from shohin.evidence.calibration import range_method
 from shohin.formats import is_bits, is_scheme
 from shohin.plan import Plan
@@ -31,13 +31,15 @@ if TYPE_CHECKING:
 def quantize(
     model: nn.Module,
     data: Data,
-    format: str | Mapping[str, str] = "int8",
+    format: str | Mapping[str, str] | Sequence[str] = "int8",
     target: str | Target | None = "onnxruntime",
     *,
+    budget: str | Budget | None = None,
     ranges: str | Mapping[str, str] = "mse",
     smoothing: bool = True,
     rounding: str = "auto",
     samples: int = 512,
+    sensitivity: str = "fisher",
     drop: str | float | None = None,
     recover: str | QAT | None = None,
     epochs: int = 5,
@@ -53,6 +55,9 @@ def quantize(
             bits; "uint" formats have zero points); or patterns of layer addresses to these or "float32": the last pattern that matches a
             layer decides. A pattern that matches nothing is an error.
         target: whose rules the grids follow (pair-safe scales where its kernels saturate). None: no runtime; any format is simulated.
+        budget: bounds that the file keeps, such as "size <= 12 MB, latency <= 60 %": the formats with the least loss under it, planned
+            exactly on tables of what each layer loses, of bytes, and of milliseconds fitted to files that were timed, and held against the
+            file that comes of it. ``.notes`` has "met", "unmet", "planned" and "sensitivity".
         ranges: how ranges of activations are chosen: "mse" (least squared error), "percentile" (99.99 % of the values; "percentile
             99.9" for another share), "entropy" (least divergence of the histogram), "minmax" or "moving" (moving average of each
             batch's minimum and maximum). Or patterns of activation addresses (the names in ``.evidence`` that are not parameters) to
@@ -63,6 +68,8 @@ def quantize(
         rounding: of weights beside float activations: "nearest" and "hqq" (neither needs data), "gptq", "descent" (GPTQ, then scales and
             codes in turn), or "auto": "descent" where ``data`` has batches, else "nearest".
         samples: of the calibration batches.
+        sensitivity: of layers, for a budget: "fisher" (how far each one's rounding moves the answers, to first order), "output" (its
+            error at the layer's own output) or "kl" (measured on the answers, a forward pass for each layer and format).
         drop: most that quality on validation may fall, such as "0.3 %" of the float model's, or a number in the metric's own unit. Where it
             falls more, the fewest layers whose rounding moves the answers most stay float; ``.notes["returned"]`` names them and says why,
             ``.notes["quality"]`` what the view reached. None: whatever comes of it.
@@ -85,6 +92,7 @@ def quantize(
     from shohin.quantization import quantize_layers
 
     goal = None if target is None else get_target(target)
+    limits = _limits(budget, format, goal, drop)
     _check(format, ranges, rounding, samples, epochs, seed)
     qat = _wanted(recover, drop, out)
     allowed = None if drop is None else Budget.parse(f"drop <= {drop}")
@@ -92,16 +100,34 @@ def quantize(
         raise DataError("drop needs a quality to keep: give batches with integer targets, or Data(metric=(run) -> float)")
     with seeded(checked(data), seed):
         program = capture(model, data.example())
-        chosen, left = chosen_formats(program, format, goal)
+        chosen, left = chosen_formats(program, format if isinstance(format, (str, Mapping)) else format[0], goal)
         static = any(map(is_bits, chosen.values()))
-        if (static or qat is not None) and not data.has_batches:
-            what = "static quantization needs calibration" if static else "recover='qat' needs training"
+        if (static or qat is not None or limits is not None) and not data.has_batches:
+            what = (
+                "static quantization needs calibration" if static else "a budget needs" if qat is None else "recover='qat' needs training"
+            )
             raise DataError(f"{what} batches: give Data(train=loader)")
         calls = calibration(data, seed, samples) if data.has_batches else []
         rule = None if goal is None else goal.least_scale()
-        make = partial(quantize_layers, program, calls, rounding=rounding, ranges=ranges, smoothing=smoothing, least_scale=rule, seed=seed)
-        notes: dict[str, Any] = {"format": format if isinstance(format, str) else dict(format)}
-        if allowed is None:
+        options: dict[str, Any] = {"rounding": rounding, "ranges": ranges, "smoothing": smoothing, "least_scale": rule, "seed": seed}
+
+        def make(formats: Mapping[str, str], calls: Sequence[Call] = calls, plainly: bool = False) -> Quantized:
+            return quantize_layers(program, calls, formats, **options, plainly=plainly)
+
+        notes: dict[str, Any] = {"format": dict(format) if isinstance(format, Mapping) else format}
+        metrics = Metrics()
+        if limits is not None and goal is not None:
+            from shohin.pipeline.mixed import mixed
+
+            texts = [text for text in ([format] if isinstance(format, str) else format) if text != "float32"]
+            able = {text: chosen_formats(program, text, goal)[0] for text in texts}
+            found = mixed(
+                program, calls, able, make, partial(make, plainly=True), goal, limits, data.example(), measure=sensitivity, seed=seed
+            )
+            quantized, chosen, metrics = found.quantized, found.formats, found.metrics
+            static = any(map(is_bits, chosen.values()))
+            notes |= found.notes
+        elif allowed is None:
             quantized = make(chosen)
         else:
             kept = _kept(program, data, calls, chosen, make, allowed, seed)
@@ -117,7 +143,32 @@ def quantize(
     if any(map(is_scheme, chosen.values())):
         notes |= {"rounding": rounding, "float": left}
     plan = Plan(program.fingerprint, formats=chosen)
-    return Candidate("quantized", plan, _snapped(model, program, quantized), quantized.view(), quantized.by_address(), notes=notes)
+    return Candidate(
+        "quantized", plan, _snapped(model, program, quantized), quantized.view(), quantized.by_address(), metrics=metrics, notes=notes
+    )
+
+
+def _limits(budget: str | Budget | None, format: object, target: Target | None, drop: object) -> Budget | None:
+    """The bounds on a file. Raises PlanError or BudgetError if there is nothing to hold them against, or nothing to choose from."""
+    several = not isinstance(format, (str, Mapping))
+    if budget is None:
+        if several:
+            raise PlanError(
+                "several formats are chosen from under a budget: give budget='size <= ...', or one format, or patterns of addresses"
+            )
+        return None
+    limits = Budget.parse(budget)
+    if several and not (
+        isinstance(format, Sequence) and format and all(isinstance(text, str) and text != "float32" for text in format[:1])
+    ):
+        raise PlanError(f"format is a sequence of formats to choose from, such as ('int8', 'weights uint4 group 32'); got {format!r}")
+    if isinstance(format, Mapping):
+        raise PlanError("patterns say which layer gets which format, so a budget has nothing to decide: give the formats to choose from")
+    if target is None:
+        raise PlanError("a budget is held against a file, and target=None has none: name a target")
+    if drop is not None or not limits.limits or not limits.limits.keys() <= {"size_bytes", "latency_ms"}:
+        raise BudgetError(f"a budget of formats bounds size and latency; got {str(limits)!r}{' beside drop=' if drop is not None else ''}")
+    return limits
 
 
 def _check(format: object, ranges: str | Mapping[str, str], rounding: str, samples: int, epochs: int, seed: int) -> None:
@@ -128,7 +179,8 @@ def _check(format: object, ranges: str | Mapping[str, str], rounding: str, sampl
     one_of("rounding", rounding, ROUNDINGS)
     for what, value, least in (("samples", samples, 1), ("epochs", epochs, 0), ("seed", seed, 0)):
         check_count(what, value, least)
-    for name, given in (("format", format), ("ranges", ranges)):
+    several = isinstance(format, Sequence) and all(isinstance(text, str) for text in format)
+    for name, given in (("ranges", ranges), *(() if several else (("format", format),))):
         if not isinstance(given, str) and not (isinstance(given, Mapping) and given and all(isinstance(key, str) for key in given)):
             raise PlanError(f"{name} is a text, or patterns of addresses with a text each, such as {{'*': 'int8'}}; got {given!r}")
     for method in [ranges] if isinstance(ranges, str) else ranges.values():
