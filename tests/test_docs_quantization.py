@@ -12,7 +12,9 @@ import shohin
 from pages import DOCS, blocks
 from shohin.evidence.calibration import METHODS
 from shohin.quantization import ROUNDINGS
+from shohin.quantization.aware import LEARNS
 from shohin.quantization.rounding import __all__ as roundings
+from shohin.quantization.sensitivity import MEASURES
 
 PAGE = "quantization.md"
 
@@ -47,6 +49,7 @@ def test_the_code_runs_and_does_what_the_page_says(ran: dict[str, Any]) -> None:
     assert set(ran["found"].plan.formats.values()) == {"int8"} and ran["found"].view is not None
     assert not any(address.startswith("head") for address in ran["mixed"].plan.formats)
     assert ran["kept"].notes["quality"]["kept"] >= 0.99 * ran["kept"].notes["quality"]["float"]
+    assert set(ran["trained"].plan.formats.values()) == {"w4a4", "int8"} and ran["trained"].notes["learn"] == "lsq"
     formats = ran["both"].plan.formats
     assert {a: f for a, f in formats.items() if f != "int8"} == dict.fromkeys(
         ("layers.0/linear.0", "layers.2/linear.0"), "weights uint4 group 16"
@@ -55,5 +58,5 @@ def test_the_code_runs_and_does_what_the_page_says(ran: dict[str, Any]) -> None:
 
 def test_every_choice_is_named() -> None:
     text = (DOCS / PAGE).read_text("utf-8")
-    assert [name for name in (*METHODS, *ROUNDINGS) if f'`"{name}"`' not in text] == []
+    assert [name for name in (*METHODS, *ROUNDINGS, *LEARNS, *MEASURES) if f'`"{name}"`' not in text] == []
     assert roundings

@@ -124,6 +124,14 @@ def test_quantize_writes_weights_plan_and_file(stopped: Stopped, tmp_path: Path)
     assert done.exit_code == 0 and json.loads((tmp_path / "t" / "candidate.json").read_text())["evidence"] == found["evidence"], done.output
     assert invoke(*trained, "pact").exit_code == 2
 
+    done = invoke("quantize", stopped.task, "--out", tmp_path / "b", "--format", "int8,w4a8", "--budget", "size <= 90 %")
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "b" / "candidate.json").read_text())["notes"]["met"]
+    done = invoke("quantize", stopped.task, "--out", tmp_path / "c", "--budget", "size <= 1 b")
+    assert done.exit_code == 3 and "not met: size_bytes" in done.stdout, done.output
+    done = invoke("quantize", stopped.task, "--out", tmp_path / "d", "--budget", "size <= 50 %", "--layer", "stem.*=float32")
+    assert done.exit_code == 2 and "--layer" in done.stderr
+
     done = invoke("quantize", stopped.task, "--out", tmp_path / "q")
     assert done.exit_code == 2 and "not an empty folder" in done.stderr
     done = invoke("quantize", stopped.task, "--out", tmp_path / "q2", "--layer", "nothing.*=float32")

@@ -85,6 +85,16 @@ Train = Annotated[
     ),
 ]
 Learn = Annotated[str, typer.Option("--learn", help="How grids learn with --recover qat: lsq, pact, or fixed.")]
+FormatBudget = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        metavar="TEXT",
+        help="Bounds of the file, 'size <= 60 %, latency <= 2 ms' for instance: each layer gets one of the formats of --format (several with "
+        "commas), or stays float.",
+    ),
+]
+Sensitivity = Annotated[str, typer.Option("--sensitivity", help="Of layers, with --budget: fisher, output or kl.")]
 Drop = Annotated[
     str | None, typer.Option("--drop", help="Most that quality may fall, '0.3 %' for instance: the fewest layers then stay float.")
 ]
@@ -200,6 +210,8 @@ def quantize(
     task: options.TaskFile,
     format: Format = "int8",
     layer: Layer = None,
+    budget: FormatBudget = None,
+    sensitivity: Sensitivity = "fisher",
     ranges: Ranges = "mse",
     smoothing: Smoothing = True,
     rounding: Rounding = "auto",
@@ -221,7 +233,9 @@ def quantize(
 
         goal = options.the_target(target, 1, 1)
         options.free_folder(folder, "quantize", CHECKPOINT if trains else "")
-        formats = _formats(format, layer)
+        formats = _formats(format, layer) if budget is None else tuple(text.strip() for text in format.split(","))
+        if budget is not None and layer:
+            raise PlanError("--layer says what a layer is, and --budget chooses it: give one of them")
         values = load_task(task, seed)
         from shohin.quantization import QAT
         from shohin.verbs import quantize
@@ -231,6 +245,8 @@ def quantize(
             values["data"],
             formats,
             goal,
+            budget=budget,
+            sensitivity=sensitivity,
             ranges=ranges,
             smoothing=smoothing,
             rounding=rounding,
@@ -241,6 +257,10 @@ def quantize(
             out=folder if trains else None,
         )
         _deliver(made, values["data"], goal, folder)
+        if budget is not None and not made.notes["met"]:
+            for text in made.notes["unmet"]:
+                console().print(f"not met: {text}", soft_wrap=True)
+            raise typer.Exit(UNMET)
 
 
 def _formats(format: str, layers: list[str] | None) -> str | Mapping[str, str]:
