@@ -49,6 +49,7 @@ def test_the_code_runs_and_does_what_the_page_says(ran: dict[str, Any]) -> None:
     assert set(ran["found"].plan.formats.values()) == {"int8"} and ran["found"].view is not None
     assert not any(address.startswith("head") for address in ran["mixed"].plan.formats)
     assert ran["kept"].notes["quality"]["kept"] >= 0.99 * ran["kept"].notes["quality"]["float"]
+    assert ran["planned"].notes["met"] in (True, False) and ran["planned"].metrics.size_bytes is not None
     assert set(ran["trained"].plan.formats.values()) == {"w4a4", "int8"} and ran["trained"].notes["learn"] == "lsq"
     formats = ran["both"].plan.formats
     assert {a: f for a, f in formats.items() if f != "int8"} == dict.fromkeys(
