@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import shohin
 from pages import DOCS, blocks
 from shohin.evidence.calibration import METHODS
+from shohin.formats import BLOCK_FORMATS, FLOAT_FORMATS
 from shohin.quantization import ROUNDINGS
 from shohin.quantization.aware import LEARNS
 from shohin.quantization.rounding import __all__ as roundings
@@ -59,5 +60,5 @@ def test_the_code_runs_and_does_what_the_page_says(ran: dict[str, Any]) -> None:
 
 def test_every_choice_is_named() -> None:
     text = (DOCS / PAGE).read_text("utf-8")
-    assert [name for name in (*METHODS, *ROUNDINGS, *LEARNS, *MEASURES) if f'`"{name}"`' not in text] == []
+    assert [name for name in (*METHODS, *ROUNDINGS, *LEARNS, *MEASURES, *FLOAT_FORMATS, *BLOCK_FORMATS) if f'`"{name}"`' not in text] == []
     assert roundings

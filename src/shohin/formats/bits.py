@@ -9,6 +9,8 @@ from shohin.errors import PlanError
 from shohin.formats.integer import FORMATS, Format
 
 _WORD = re.compile(r"w([2-8])a([2-8])")
+#: "int7" is how plans once wrote weights of 7 bits
+_NAMES = {"int8": "w8a8", "int7": "w7a8"}
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Bits:
     @staticmethod
     def parse(text: str) -> Bits:
         """From "int8" or "wXaY" with 2 to 8 bits each. Raises PlanError for another word."""
-        found = _WORD.fullmatch("w8a8" if text == "int8" else text)
+        found = _WORD.fullmatch(_NAMES.get(text, text))
         if found is None:
             raise PlanError(f"{text!r} is no format of integer layers: 'int8', or 'wXaY' with 2 to 8 bits each, such as 'w4a8'")
         return Bits(FORMATS[f"int{found[1]}"], FORMATS[f"uint{found[2]}"])
@@ -32,7 +34,7 @@ class Bits:
 
 def is_bits(text: str) -> bool:
     """True for the word of an integer format, False for a weight scheme, "float32" or anything else."""
-    return text == "int8" or _WORD.fullmatch(text) is not None
+    return _WORD.fullmatch(_NAMES.get(text, text)) is not None
 
 
 INT8 = Bits.parse("int8")

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from shohin.budget import Budget
 from shohin.candidate import Candidate, Metrics
 from shohin.data import Data
-from shohin.errors import RunError
-from shohin.formats import Quantizer
-from shohin.formats.scheme import is_scheme
+from shohin.errors import RunError, TargetError
+from shohin.formats import Quantizer, is_bits, is_scheme
 from shohin.graph import Graph
 from shohin.pipeline.job import load_tensors, own_tensors
 from shohin.plan import Plan
@@ -129,9 +128,16 @@ def _rebuild(candidate: Candidate, model: nn.Module, graph: Graph, weights: Path
 
 
 def requantized(program: Program, candidate: Candidate) -> Quantized:
-    """The quantized form of a program that holds a candidate's snapped weights, with the grids of the candidate's evidence."""
+    """The quantized form of a program that holds a candidate's snapped weights, with the grids of the candidate's evidence.
+
+    Raises:
+        TargetError: if a format of the candidate is only simulated.
+    """
     folded, evidence, formats = fold(program), candidate.evidence, candidate.plan.formats
-    sites = find_sites(folded.program, {address for address, form in formats.items() if not is_scheme(form)})
+    for address, form in formats.items():
+        if not is_bits(form) and not is_scheme(form):
+            raise TargetError(f"{address} is {form!r}, which no runtime here has kernels for: it is only simulated, by candidate.view")
+    sites = find_sites(folded.program, {address for address, form in formats.items() if is_bits(form)})
     origins, known = folded.program.origins, {a: w.name for a, w in weights_by_address(folded.program).items()} | tables(folded.program)
     addresses = {n: origins[n].address if n in origins else n for n in sites.grids}
     activations = {n: evidence[a] for n, a in addresses.items() if a in evidence}

@@ -2,6 +2,7 @@
 
 from shohin.quantization.aware import QAT, AwareModule
 from shohin.quantization.fallback import fewest_returned
+from shohin.quantization.floats import is_float_form, needs_scale
 from shohin.quantization.layers import quantize_layers
 from shohin.quantization.quantized import Quantized
 from shohin.quantization.simulate import simulate
@@ -19,6 +20,8 @@ __all__ = [
     "Sites",
     "fewest_returned",
     "find_sites",
+    "is_float_form",
+    "needs_scale",
     "placeholder",
     "quantizable",
     "quantize_layers",

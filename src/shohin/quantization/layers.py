@@ -9,6 +9,7 @@ from shohin.data import Call
 from shohin.evidence.calibration import Ranges
 from shohin.formats import Bits, Scheme, is_scheme
 from shohin.program import Program, fold
+from shohin.quantization.floats import is_float_form, round_floats
 from shohin.quantization.quantized import Quantized
 from shohin.quantization.sites import Sites
 from shohin.quantization.static import LeastScale, quantize_program
@@ -31,8 +32,8 @@ def quantize_layers(
     """The program with each layer in its format.
 
     Args:
-        formats: layer address -> "int8" or "wXaY" (weights and activations) or a weight scheme; address of an embedding -> the scheme of
-            its table. What is absent stays float.
+        formats: layer address -> "int8" or "wXaY" (weights and activations), a weight scheme, or a floating-point or block format, in
+            simulation; address of an embedding -> the scheme of its table. What is absent stays float.
         rounding: of the weight schemes; see `quantize_weights`.
         ranges, smoothing, least_scale: of the integer layers; see `quantize_program`.
         plainly: round weight schemes to the nearest and correct no biases: quick, for what is only measured or compared.
@@ -40,12 +41,19 @@ def quantize_layers(
     Raises:
         PlanError, DataError: as these two do.
     """
-    embeddings = tables(program)
+    floats = {address: text for address, text in formats.items() if is_float_form(text)}
+    formats = {address: text for address, text in formats.items() if address not in floats}
+    original, embeddings = fold(program).program, tables(program)
     program, held = quantize_tables(program, formats.keys() & embeddings.keys())
     formats = {address: text for address, text in formats.items() if address not in embeddings}
     shown, rounding = ([], "nearest") if plainly else (calls, rounding)
     found = _layers(program, calls, shown, formats, rounding, ranges, smoothing, least_scale, seed) if formats else _tables_alone(program)
-    return replace(found, weights={**held, **found.weights})
+    found = replace(found, weights={**held, **found.weights})
+    if not floats:
+        return found
+    tensors, inputs = round_floats(found.program, original, calls, floats)
+    folded = replace(found.folded, program=replace(found.program, tensors=tensors))
+    return replace(found, folded=folded, inputs=inputs)
 
 
 def _tables_alone(program: Program) -> Quantized:

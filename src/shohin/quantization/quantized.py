@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from shohin.formats import Quantizer
 from shohin.formats.scheme import Scheme
 from shohin.program import Folded, Program
+from shohin.quantization.floats import Rounding
 from shohin.quantization.simulate import simulate
 from shohin.quantization.sites import Sites
 
@@ -23,12 +24,14 @@ class Quantized:
         activations: node name -> quantizer.
         weights: tensor name -> quantizer; of the integer layers, and of those whose activations stay float.
         sites: the sites.
+        inputs: layer node -> how its input is rounded, of layers in floating-point formats, which are only simulated.
     """
 
     folded: Folded
     activations: Mapping[str, Quantizer]
     weights: Mapping[str, Quantizer]
     sites: Sites
+    inputs: Mapping[str, Rounding] = field(default_factory=dict)
 
     @property
     def program(self) -> Program:
@@ -37,7 +40,7 @@ class Quantized:
 
     def view(self) -> torch.nn.Module:
         """The module that simulates all bits."""
-        return simulate(self.program, self.activations, self.sites.readers)
+        return simulate(self.program, self.activations, self.sites.readers, self.inputs)
 
     def by_address(self) -> dict[str, Quantizer]:
         """Activation quantizers by address, weight quantizers by parameter name: a candidate's evidence."""

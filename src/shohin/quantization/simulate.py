@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from shohin.formats import Quantizer
 from shohin.program import Program, ProgramModule
+from shohin.program.nodes import callable_of
 from shohin.quantization.sites import base
 
 
@@ -103,8 +105,28 @@ def read_apart(activations: Mapping[str, Quantizer], readers: Mapping[str, froze
     return {name: readers[name] for name, q in activations.items() if q.axis is not None and name in readers}
 
 
-def simulate(program: Program, activations: Mapping[str, Quantizer], readers: Mapping[str, frozenset[str]] | None = None) -> ProgramModule:
-    """A module that computes what the integer file computes. The program's tensors are used as they are (snapped by the caller)."""
-    return ProgramModule(
-        program, simulated_graph(program, activations, readers), {n: t.detach().clone() for n, t in program.tensors.items()}
-    )
+def simulate(
+    program: Program,
+    activations: Mapping[str, Quantizer],
+    readers: Mapping[str, frozenset[str]] | None = None,
+    inputs: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+) -> ProgramModule:
+    """A module that computes what the integer file computes. The program's tensors are used as they are (snapped by the caller).
+
+    Args:
+        inputs: layer node -> how it rounds its input, see `Quantized.inputs`.
+    """
+    graph = simulated_graph(program, activations, readers)
+    for node in graph.nodes:
+        if inputs and node.name in inputs:
+            node.target = _reading(node, inputs[node.name])
+    return ProgramModule(program, graph, {n: t.detach().clone() for n, t in program.tensors.items()})
+
+
+def _reading(node: fx.Node, rounding: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    run = callable_of(node)
+
+    def rounded_layer(x: Tensor, *rest: Any, **options: Any) -> Any:
+        return run(rounding(x), *rest, **options)
+
+    return rounded_layer

@@ -9,7 +9,7 @@ import torch
 from shohin.addresses import match
 from shohin.errors import PlanError
 from shohin.evidence.layers import LayerWeight, layer_weights
-from shohin.formats import Bits, Scheme, is_bits, is_scheme
+from shohin.formats import BLOCK_FORMATS, FLOAT_FORMATS, Bits, Scheme, is_bits, is_scheme
 from shohin.program import Program
 from shohin.targets import Target
 from shohin.verbs.common import one_of
@@ -17,7 +17,7 @@ from shohin.verbs.common import one_of
 
 def chosen_formats(program: Program, format: str | Mapping[str, str], target: Target | None) -> tuple[dict[str, str], dict[str, str]]:
     """Layer address -> its format, where it is not float; and why layers that a weight scheme was asked for stay float."""
-    from shohin.quantization import TABLE, quantizable, tables, weights_by_address
+    from shohin.quantization import TABLE, is_float_form, quantizable, tables, weights_by_address
 
     layers, weights, embeddings = quantizable(program), weights_by_address(program), tables(program)
     chosen: dict[str, str] = {}
@@ -26,9 +26,14 @@ def chosen_formats(program: Program, format: str | Mapping[str, str], target: Ta
         scheme = Scheme.parse(text) if isinstance(text, str) and is_scheme(text) else None
         named = match(pattern, [*layers, *embeddings])
         found = [address for address in named if address not in embeddings]
-        if scheme is None and not (isinstance(text, str) and is_bits(text)):
-            one_of("format", text, ("float32", "int8", "w4a8", "weights int4 group 32", "weights uint4 group 32"))
-        elif scheme is None and target is not None and (why := target.unfit(Bits.parse(text))):
+        simulated = isinstance(text, str) and is_float_form(text)
+        if simulated and target is not None:
+            have = "'int8', 'w4a8' (weights of 2 to 8 bits) and weight schemes such as 'weights uint4 group 32'"
+            raise PlanError(f"the target {target.name!r} has no kernels for {text!r}; it has {have}, and target=None simulates {text!r}")
+        if scheme is None and not simulated and not (isinstance(text, str) and is_bits(text)):
+            names = ("float32", "int8", "w4a8", "weights int4 group 32", "weights uint4 group 32", *FLOAT_FORMATS, *BLOCK_FORMATS)
+            one_of("format", text, names)
+        elif scheme is None and not simulated and target is not None and (why := target.unfit(Bits.parse(text))):
             raise PlanError(f"{pattern!r} cannot be {text!r}: {why}")
         unfit = {} if scheme is None else {a: reason for a in found if (reason := _misfit(a, scheme, weights, target))}
         if found and len(unfit) == len(found):
@@ -41,7 +46,7 @@ def chosen_formats(program: Program, format: str | Mapping[str, str], target: Ta
         left |= unfit
         table = "" if target is None else target.misfit(TABLE, "table")
         for address in set(named) - set(found):  # in 8 bits, whatever few bits were asked for
-            chosen[address] = "float32" if text == "float32" or table else str(TABLE)
+            chosen[address] = text if simulated else "float32" if text == "float32" or table else str(TABLE)
             if table and text != "float32":
                 left[address] = table
     _check_shared(chosen, weights)

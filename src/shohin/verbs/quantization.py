@@ -52,7 +52,7 @@ def quantize(
     Args:
         format: "int8" for every convolution and linear layer, or "wXaY" with 2 to 8 bits for weights and for activations ("w4a8"); a weight
             scheme such as "weights int4 group 32" or "weights uint4 group 32" for every layer that the target has a kernel for (2 to 8
-            bits; "uint" formats have zero points); or patterns of layer addresses to these or "float32": the last pattern that matches a
+            bits; "uint" formats have zero points); with ``target=None`` a floating-point or block format ("bf16", "e4m3", "mxfp4"...); or patterns of layer addresses to these or "float32": the last pattern that matches a
             layer decides. A pattern that matches nothing is an error.
         target: whose rules the grids follow (pair-safe scales where its kernels saturate). None: no runtime; any format is simulated.
         budget: bounds that the file keeps, such as "size <= 12 MB, latency <= 60 %": the formats with the least loss under it, planned
@@ -89,7 +89,7 @@ def quantize(
             if an activation on them is NaN or Inf, or if ``drop`` is given and quality cannot be told. BudgetError: if ``drop`` cannot be
             read. RunError: if there is a file where ``out`` should be a folder, or another training's checkpoint in it.
     """
-    from shohin.quantization import quantize_layers
+    from shohin.quantization import is_float_form, quantize_layers
 
     goal = None if target is None else get_target(target)
     limits = _limits(budget, format, goal, drop)
@@ -102,6 +102,9 @@ def quantize(
         program = capture(model, data.example())
         chosen, left = chosen_formats(program, format if isinstance(format, (str, Mapping)) else format[0], goal)
         static = any(map(is_bits, chosen.values()))
+        floats = sorted({text for text in chosen.values() if is_float_form(text)})
+        if floats and (qat is not None or allowed is not None):
+            raise PlanError(f"{floats[0]!r} is only simulated: neither recover= nor drop= can go with it")
         if (static or qat is not None or limits is not None) and not data.has_batches:
             what = (
                 "static quantization needs calibration" if static else "a budget needs" if qat is None else "recover='qat' needs training"
