@@ -14,7 +14,7 @@ from shohin.quantization.quantized import Quantized
 from shohin.quantization.sites import Sites
 from shohin.quantization.static import LeastScale, quantize_program
 from shohin.quantization.tables import quantize_tables, tables
-from shohin.quantization.weights import quantize_weights
+from shohin.quantization.weights import quantize_weights, weights_by_address
 
 
 def quantize_layers(
@@ -34,7 +34,7 @@ def quantize_layers(
     Args:
         formats: layer address -> "int8" or "wXaY" (weights and activations), a weight scheme, or a floating-point or block format, in
             simulation; address of an embedding -> the scheme of its table. What is absent stays float.
-        rounding: of the weight schemes; see `quantize_weights`.
+        rounding: of the weight schemes, and of the weights of integer layers with less than 7 bits; see `quantize_weights`.
         ranges, smoothing, least_scale: of the integer layers; see `quantize_program`.
         plainly: round weight schemes to the nearest and correct no biases: quick, for what is only measured or compared.
 
@@ -73,15 +73,35 @@ def _layers(
 ) -> Quantized:
     schemes = {address: Scheme.parse(text) for address, text in formats.items() if is_scheme(text)}
     integer = {address: Bits.parse(text) for address, text in formats.items() if address not in schemes}
-
-    def static(given: Program) -> Quantized:
-        return quantize_program(given, set(integer), calls, formats=integer, ranges=ranges, smoothing=smoothing, least_scale=least_scale)
-
-    if not schemes:
-        return static(program)
-    alone = quantize_weights(program, shown, schemes, rounding=rounding, seed=seed)
-    if not integer:
+    few = _few_bits(program, integer) if shown and rounding != "nearest" else {}
+    alone = quantize_weights(program, shown, {**schemes, **few}, rounding=rounding, seed=seed) if schemes or few else None
+    if alone is not None and not integer:
         return alone
-    both = static(alone.program)
+    known = {} if alone is None else {address: weight.name for address, weight in weights_by_address(alone.program).items()}
+    both = quantize_program(
+        program if alone is None else alone.program,
+        set(integer),
+        calls,
+        formats=integer,
+        ranges=ranges,
+        smoothing=smoothing,
+        least_scale=least_scale,
+        snapped={} if alone is None else {known[address]: alone.weights[known[address]] for address in few},
+    )
+    if alone is None:
+        return both
     folded = replace(both.folded, folded=alone.folded.folded)
     return Quantized(folded, both.activations, {**alone.weights, **both.weights}, both.sites)
+
+
+def _few_bits(program: Program, integer: Mapping[str, Bits]) -> dict[str, Scheme]:
+    """Integer layers whose weights have so few bits that the nearest codes are not good enough, as weight schemes.
+
+    A weight that layers share with others is left out: one alone decides.
+    """
+    wanted = {address: Scheme(bits.weights) for address, bits in integer.items() if bits.weights.bits < 7}
+    weights = weights_by_address(program)
+    by_name: dict[str, set[str]] = {}
+    for address, weight in weights.items():
+        by_name.setdefault(weight.name, set()).add(str(wanted.get(address)))
+    return {address: s for address, s in wanted.items() if address in weights and len(by_name[weights[address].name]) == 1}

@@ -37,6 +37,7 @@ def quantize_program(
     ranges: Ranges = "mse",
     smoothing: bool = True,
     least_scale: LeastScale | None = None,
+    snapped: Mapping[str, Quantizer] | None = None,
     correct_bias: bool = True,
 ) -> Quantized:
     """Quantizes the layers at the given addresses; the rest stays float.
@@ -53,6 +54,7 @@ def quantize_program(
             where that makes the layers' outputs more exact; their ranges are then chosen by that error. Not where another range method
             than "mse" was asked for. See `shohin.quantization.smoothing`.
         least_scale: (weight, groups) -> least scale of each output channel, in the weight's unit.
+        snapped: grids of weights that lie on them already; what these layers read is not smoothed.
 
     Raises:
         DataError: if there is no calibration data, or an activation on it is NaN or Inf (its address is named).
@@ -68,13 +70,18 @@ def quantize_program(
     methods = range_methods(folded.program, sites, ranges)
     leading = leading_calls(folded.program, calls)
     masks = row_masks(folded.program, sites, leading)
-    smooth = {site: names for site, names in smoothable(folded.program, sites).items() if smoothing and methods[site] is METHODS["mse"]}
+    ready = dict(snapped or {})
+    smooth = {
+        site: names
+        for site, names in smoothable(folded.program, sites).items()
+        if smoothing and methods[site] is METHODS["mse"] and not ready.keys() & set(names)
+    }
     channels = {site: Channels(-(-ROWS // len(calls))) for site in smooth}
     observers, means = observed(folded.program, sites, calls, methods, len(leading), masks, channels)
     chosen = {address: formats if isinstance(formats, Bits) else formats[address] for address in sites.layers}
     forms = activation_formats(folded.program, sites, chosen)
     activations = _activation_quantizers(sites, observers, methods, forms)
-    tensors, weights = dict(folded.program.tensors), dict[str, Quantizer]()
+    tensors, weights = dict(folded.program.tensors), ready
     held = {sites.layers[address]: bits.weights for address, bits in chosen.items()}
     for site, names in smooth.items():
         shared = read_as_floats(folded.program, sites, site)  # then smoothing spares these readers its rounding, too

@@ -65,7 +65,7 @@ def quantize(
         smoothing: divide activations of integer layers that floating operations make (normalization, GELU, attention) by a factor for each
             channel, which the weights of the linear layers that read them take (SmoothQuant, Xiao et al. 2023; how far is chosen for each
             by the error of those layers). Only where it helps, and where ``ranges`` says "mse".
-        rounding: of weights beside float activations: "nearest" and "hqq" (neither needs data), "gptq", "descent" (GPTQ, then scales and
+        rounding: of weights beside float activations, and of those with less than 7 bits beside integers: "nearest" and "hqq" (neither needs data), "gptq", "descent" (GPTQ, then scales and
             codes in turn), or "auto": "descent" where ``data`` has batches, else "nearest".
         samples: of the calibration batches.
         sensitivity: of layers, for a budget: "fisher" (how far each one's rounding moves the answers, to first order), "output" (its
