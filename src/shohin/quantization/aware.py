@@ -90,11 +90,9 @@ class AwareModule(nn.Module):
     ) -> None:
         super().__init__()
         self._program, self._quantized, self._least = program, quantized, least_scale
-        self._norms = _folded_norms(program, quantized.folded)
-        self._begin = {name: _unfolded(q, program, quantized.folded, name) for name, q in quantized.weights.items()}
         self._starts = [math.inf, math.inf] if passes is None else [share * passes for share in qat.settle]
         self._settled = False
-        made = _Builder(program, quantized, qat, self._begin, least_scale)
+        made = _Builder(program, quantized, qat, least_scale)
         self._activations, self._weights = made.activations, made.weights
         self.inner = ProgramModule(made.program, made.graph)
         self.inner.train(self.training)
@@ -128,7 +126,7 @@ class AwareModule(nn.Module):
         with torch.no_grad():
             tensors = {name: self._tensor(name).detach() for name in self._program.tensors if self._holds(name)}
             tensors = {**self._program.tensors, **tensors}
-            ids = {id(t): [n for n, other in self._program.tensors.items() if other is t] for t in self._program.tensors.values()}
+            aliases = {id(t): [n for n, other in self._program.tensors.items() if other is t] for t in self._program.tensors.values()}
             unfolded: dict[str, Quantizer] = {}
             snapped: dict[str, Tensor] = {}
             for name, grid in self._weights.items():
@@ -137,12 +135,12 @@ class AwareModule(nn.Module):
                 bounds = _bounds(q, self._gamma(name, tensors), tensors[name])
                 value = rounded(tensors[name], *_spread(q, q.scale.float(), tensors[name]), *bounds)
                 unfolded[name] = q
-                snapped |= dict.fromkeys(ids[id(self._program.tensors[name])], value)
+                snapped |= dict.fromkeys(aliases[id(self._program.tensors[name])], value)
             folded = fold(replace(self._program, tensors={**tensors, **snapped}))
             weights = {name: _refolded(q, folded, name, tensors) for name, q in unfolded.items()}
             held = dict(folded.program.tensors)
             for name, q in weights.items():
-                held |= dict.fromkeys((n for n in ids[id(self._program.tensors[name])] if n in held), q.fake(held[name]))
+                held |= dict.fromkeys((n for n in aliases[id(self._program.tensors[name])] if n in held), q.fake(held[name]))
             own = {name: self._activation(grid) for name, grid in self._activations.items()}
             sites = self._quantized.sites
             activations = {name: own[sites.grids[name]] for name in self._quantized.activations}
@@ -175,9 +173,7 @@ class AwareModule(nn.Module):
 class _Builder:
     """The graph that rounds, and the program that names its tensors."""
 
-    def __init__(
-        self, program: Program, quantized: Quantized, qat: QAT, begin: Mapping[str, Quantizer], least_scale: LeastScale | None
-    ) -> None:
+    def __init__(self, program: Program, quantized: Quantized, qat: QAT, least_scale: LeastScale | None) -> None:
         self.names, self.tensors, self.trainable = dict(program.names), _copies(program), set(program.trainable)
         self.room = "grids"
         while any(name.split(".")[0] == self.room for name in program.tensors):
@@ -185,6 +181,7 @@ class _Builder:
         self.learns = qat.learn != "fixed"
         norms = _folded_norms(program, quantized.folded)
         sites, clips = quantized.sites, qat.learn == "pact"
+        begin = {name: _unfolded(q, program, quantized.folded, name) for name, q in quantized.weights.items()}
         self.activations = {
             name: self._grid(q, f"activation_{name}", sites.low.get(name) != 0.0, sites.high.get(name))
             for name, q in quantized.activations.items()
