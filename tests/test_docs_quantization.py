@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -35,15 +37,16 @@ class Tiny(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def ran() -> dict[str, Any]:
-    """What the page's code leaves behind."""
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """What the page's code leaves behind; its files lie in a folder of their own."""
     torch.manual_seed(0)
     loader = [torch.randn(8, 1, 8, 8) for _ in range(4)]
     names: dict[str, Any] = {"shohin": shohin, "torch": torch, "model": Tiny().eval(), "data": shohin.Data(train=loader)}
     names["pairs"] = [(x, names["model"](x).argmax(1)) for x in loader]
-    for block in blocks(PAGE):
-        block.run(names)
-    return names
+    with contextlib.chdir(tmp_path_factory.mktemp("page")):
+        for block in blocks(PAGE):
+            block.run(names)
+        yield names
 
 
 def test_the_code_runs_and_does_what_the_page_says(ran: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import shohin
 from shohin.data import Call
-from shohin.errors import DataError, PlanError, RunError
+from shohin.errors import DataError, ModelError, PlanError, RunError
 from shohin.formats import Bits
 from shohin.program import Program, capture
 from shohin.quantization import QAT, AwareModule, Quantized, aware, quantizable, quantize_layers, quantize_program, static
@@ -262,6 +262,59 @@ def test_a_training_that_was_cut_off_goes_on_to_the_same_bits(classifier: nn.Mod
     assert {a: q.to_json() for a, q in again.evidence.items()} == {a: q.to_json() for a, q in whole.evidence.items()}
     with pytest.raises(RunError, match="another training"):
         shohin.quantize(classifier, labelled(128), "w4a4", None, out=tmp_path, recover="qat", config=TrainConfig(epochs=9))
+    for other in (QAT("pact"), QAT(settle=(0.1, 0.2))):
+        with pytest.raises(RunError, match=r"learn|settle"):
+            shohin.quantize(classifier, labelled(128), "w4a4", None, out=tmp_path, recover=other, config=options["config"])
+
+
+class Scalars(nn.Module):
+    """An activation without dimensions beside a layer's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.h = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.c(x))
+        out: Tensor = self.h(y) * y.mean()
+        return out
+
+
+UNUSUAL: dict[str, tuple[Callable[[], nn.Module], list[Tensor]]] = {
+    "scalar": (Scalars, [torch.ones(4, 3, 6, 6), torch.zeros(4, 3, 6, 6)]),
+    "sparse gradients": (lambda: nn.Sequential(nn.Embedding(9, 8, sparse=True), nn.Linear(8, 4)), [torch.arange(8).reshape(4, 2)] * 3),
+    "one sample left": (
+        lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)),
+        [torch.arange(16.0).reshape(4, 4), torch.ones(1, 4)],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNUSUAL)
+def test_unusual_models_and_batches_are_trained(case: str) -> None:
+    make, batches = UNUSUAL[case]
+    torch.manual_seed(0)
+    found = shohin.quantize(make().eval(), shohin.Data(train=batches), recover="qat", epochs=3)
+    assert found.notes["training"]["stopped"] == "finished" and found.view is not None
+
+
+def test_what_cannot_be_trained_says_so(classifier: nn.Module) -> None:
+    frozen = copy.deepcopy(classifier).requires_grad_(False)
+    with pytest.raises(ModelError, match="requires gradients"):
+        shohin.quantize(frozen, labelled(64), recover="qat", epochs=1)
+
+    class Decided(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.model(x).argmax(-1)
+            return out
+
+    data = shohin.Data(train=[torch.randn(8, 3, 10, 10)])
+    with pytest.raises(DataError, match="no gradient"):
+        shohin.quantize(Decided(copy.deepcopy(classifier)), data, recover="qat", epochs=1)
 
 
 def test_bad_wishes_are_refused_before_the_work(classifier: nn.Module, tmp_path: Path) -> None:
@@ -278,6 +331,14 @@ def test_bad_wishes_are_refused_before_the_work(classifier: nn.Module, tmp_path:
         QAT(settle=(0.5, 2))
     with pytest.raises(PlanError, match="not both"):
         shohin.quantize(classifier, data, recover="qat", drop="1 %")
+    with pytest.raises(PlanError, match="recover='qat'"):
+        shohin.quantize(classifier, data, epochs=9)
+    with pytest.raises(PlanError, match="TrainConfig"):
+        shohin.quantize(classifier, data, recover="qat", config=3)  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="nothing to quantize"):
+        shohin.quantize(nn.ReLU(), data)
+    with pytest.raises(PlanError, match=r"model.float\(\)"):
+        shohin.quantize(nn.Linear(4, 2).double(), shohin.Data(train=[torch.randn(4, 4).double()]))
     with pytest.raises(RunError, match="out="):
         shohin.quantize(classifier, data, out=tmp_path)
     (tmp_path / "file").write_text("")

@@ -124,6 +124,33 @@ def test_time_is_bounded_and_what_cannot_be_is_said(uneven: tuple[nn.Module, sho
     assert easy.notes["met"] and not easy.plan.formats  # what need not be rounded is not
 
 
+def test_a_layer_that_the_runtime_computes_in_floats_is_not_planned_on_integers() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 160), nn.ReLU(), nn.Linear(160, 4)).eval()
+    data = shohin.Data(train=[torch.randn(8, 12) for _ in range(3)])
+    found = shohin.quantize(model, data, ("int8",), budget="size <= 95 %")
+    assert found.notes["floats"] == [] or not found.notes["met"]
+    assert found.notes["planned"]["rounds"][0]["formats"].keys() == {"0/linear.0", "2/linear.0"}
+
+
+def test_answers_without_gradients_are_judged_at_the_layers(uneven: tuple[nn.Module, shohin.Data]) -> None:
+    class Decided(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.model(x).argmax(-1)
+            return out
+
+    _, data = uneven
+    calls = list(data.calls("train"))
+    torch.manual_seed(0)
+    program = capture(Decided(Uneven()).eval(), calls[0])
+    forms = {"int8": quantize_layers(program, calls, dict.fromkeys(quantizable(program), "int8"))}
+    assert all(losses["int8"] > 0 for losses in sensitivity(program, forms, calls).values())
+
+
 def test_wishes_that_contradict_each_other(uneven: tuple[nn.Module, shohin.Data]) -> None:
     model, data = uneven
     with pytest.raises(PlanError, match="under a budget"):
@@ -134,6 +161,10 @@ def test_wishes_that_contradict_each_other(uneven: tuple[nn.Module, shohin.Data]
         shohin.quantize(model, data, ("int8",), None, budget="size <= 1 mb")
     with pytest.raises(BudgetError, match="size and latency"):
         shohin.quantize(model, data, ("int8",), budget="drop <= 1 %")
+    with pytest.raises(PlanError, match="under a budget"):
+        shohin.quantize(model, data, sensitivity="kl")
+    with pytest.raises(PlanError, match="at least one other"):
+        shohin.quantize(model, data, "float32", budget="size <= 50 %")
     with pytest.raises(PlanError, match="sensitivity='hessian'"):
         shohin.quantize(model, data, ("int8",), budget="size <= 50 %", sensitivity="hessian")
     with pytest.raises(PlanError, match="w4a4"):

@@ -92,6 +92,18 @@ def test_a_table_that_a_layer_multiplies_with_is_left_and_named() -> None:
     assert "words.weight" in found.notes["float"]
 
 
+@pytest.mark.parametrize("smoothing", [True, False])
+def test_a_head_on_integers_that_is_tied_to_a_table_ships(smoothing: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, data = Words(tied=True).eval(), shohin.Data(train=batches())
+    found = shohin.quantize(model, data, smoothing=smoothing)
+    assert found.plan.formats["head/linear.0"] == "int8" and "words/embedding.0" not in found.plan.formats
+    shipped = shohin.export(found, data, path=tmp_path / "m.onnx")
+    assert shipped.notes["parity"]["departs"] == [] and shipped.notes["parity"]["boundaries"]["view_runtime"]["max_rel"] < 1e-3
+    planned = shohin.quantize(model, data, ("int8",), smoothing=smoothing, budget="size <= 3x", sensitivity="output")
+    assert "int8" in planned.notes["sensitivity"]["head/linear.0"]
+
+
 def test_tables_are_trained_as_they_are_held(model: nn.Module) -> None:
     calls = [Call((), batch, None, batch["tokens"]) for batch in batches()]
     program = capture(model, calls[0])

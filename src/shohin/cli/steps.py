@@ -234,6 +234,10 @@ def quantize(
         goal = options.the_target(target, 1, 1)
         options.free_folder(folder, "quantize", CHECKPOINT if trains else "")
         formats = _formats(format, layer) if budget is None else tuple(text.strip() for text in format.split(","))
+        if budget is None and "," in format:
+            raise PlanError("several formats are chosen from under a budget: add --budget 'size <= 60 %', for instance, or name one format")
+        if not trains and learn != "lsq":
+            raise PlanError("--learn says how grids learn in a training: add --recover qat")
         if budget is not None and layer:
             raise PlanError("--layer says what a layer is, and --budget chooses it: give one of them")
         values = load_task(task, seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,7 @@ def distill(
     checkpoint: Path | None = None,
     deadline: float | None = None,
     progress: bool = False,
+    method: Mapping[str, Any] | None = None,
     **training: Any,
 ) -> TrainResult:
     """Trains ``student`` in place to answer as ``teacher`` does, and leaves its best state in it.
@@ -93,6 +94,7 @@ def distill(
         evaluate, lower_is_better: default the quality of ``data`` if it has a metric or integer targets; otherwise the
             student's `disagreement` with the teacher on validation: the loss that it is trained with, smaller being better.
         checkpoint, deadline, progress, training: see `shohin.training.train`.
+        method: what else a training that resumes must share, by name; JSON-able.
 
     Raises:
         DataError: if ``alpha`` > 0 without labels, answers have other shapes, or the loss becomes NaN or Inf.
@@ -137,7 +139,7 @@ def distill(
         lower_is_better=lower_is_better,
         deadline=deadline,
         progress=progress,
-        method=None if checkpoint is None else _method(mix, model),
+        method=None if checkpoint is None else {**_method(mix, model), **(method or {})},
         **training,
     )
     if learner is student:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from torch import nn
 
-from shohin.data import Data
+from shohin.data import Data, first_output
 from shohin.distillation import LABELS, distill
+from shohin.errors import DataError, ModelError
 from shohin.program import Program
 from shohin.quantization import QAT, AwareModule, Quantized
 from shohin.quantization.static import LeastScale
@@ -40,10 +41,28 @@ def train_aware(
         loss: between answers, by name.
         least_scale: see `shohin.quantization.quantize_program`.
         checkpoint: see `shohin.training.train`.
+
+    Raises:
+        ModelError: if no parameter requires gradients. DataError: if answers have none. And as `shohin.distillation.distill` does.
     """
+    if not any(program.tensors[name].requires_grad for name in program.trainable):
+        raise ModelError("nothing to train: no parameter of the model requires gradients; call model.requires_grad_() first")
+    first = next(data.calls("train"))
+    answers = first_output(teacher(*first.args, **first.kwargs))
+    if not answers.is_floating_point():
+        raise DataError(f"the model answers in {answers.dtype}, which no gradient leads through: train the model that gives the scores")
     batches = length_of(data.train if data.train is not None else data.validation, 1)
     module = AwareModule(program, quantized, qat, None if batches is None else batches * config.epochs, least_scale)
-    result = distill(module, teacher, data, config=config, loss=loss, alpha=LABELS if data.has_labels else 0.0, checkpoint=checkpoint)
+    result = distill(
+        module,
+        teacher,
+        data,
+        config=config,
+        loss=loss,
+        alpha=LABELS if data.has_labels else 0.0,
+        checkpoint=checkpoint,
+        method={"learn": qat.learn, "settle": list(qat.settle), "safe scales": least_scale is not None},
+    )
     return module.quantized(), result
 
 

@@ -14,7 +14,7 @@ from shohin.budget import Budget
 from shohin.candidate import Measurement, Metrics
 from shohin.data import Call
 from shohin.formats import Scheme, is_bits, is_scheme
-from shohin.pipeline.ship import lower_program, lower_quantized
+from shohin.pipeline.ship import expected_formats, lower_program, lower_quantized
 from shohin.planning.formats import FormatSite, Times, choices_to_time, choose, fitted_times, predicted
 from shohin.program import Program, fold
 from shohin.program.program import shape_of
@@ -71,19 +71,18 @@ def mixed(
         target, budget, example: where bounds hold, which, and the call that is timed.
         measure: of what layers lose; see `shohin.quantization.sensitivity`.
     """
-    forms = {text: plainly(dict(chosen)) for text, chosen in options.items()}
-    losses = sensitivity(program, forms, calls, measure, seed)
+    losses = sensitivity(program, {text: plainly(dict(chosen)) for text, chosen in options.items()}, calls, measure, seed)
     sites, members = _sites(program, options, losses)
     quick = _quick(plainly, calls)
     with tempfile.TemporaryDirectory() as folder:
         files = _Files(Path(folder), program, target, example, members, options)
-        plain = files.write("float", {site.name: "float32" for site in sites}, quick)
+        plain, _ = files.write("float", {site.name: "float32" for site in sites}, quick)
         times, told = _timed(files, sites, options, quick, seed) if "latency_ms" in budget.limits else (None, {})
         rounds = _planned(files, plain, sites, budget, times, quick)
-        best = min(rounds, key=lambda r: (bool(r.missed), r.worst or r.loss))
+        best = min(rounds, key=lambda r: (bool(r.missed), len(r.floats), r.worst or r.loss))
         formats = files.formats(best.chosen)
         quantized = make(formats)
-        path = files.write("best", best.chosen, lambda _: quantized)
+        path, floats = files.write("best", best.chosen, lambda _: quantized)
         measured = files.time({"float": plain, "mixed": path})
         values, base = (
             {"size_bytes": float(p.stat().st_size), "latency_ms": measured[n].value} for n, p in (("mixed", path), ("float", plain))
@@ -95,6 +94,7 @@ def mixed(
         "unmet": [f"{metric}: {value:g} measured, {bound:g} allowed" for metric, (value, bound) in unmet.items()],
         "planned": {"rounds": [r.to_json() for r in rounds], **told},
         "measured": {"this": values, "float": base},
+        "floats": sorted(floats),
         "sensitivity": {site.name: dict(site.losses) for site in sites},
     }
     size = Measurement(values["size_bytes"], "measured: bytes of the file")
@@ -110,6 +110,7 @@ class _Round:
         loss, gap: by the tables.
         planned, measured: metric -> value.
         missed: metric -> (measured, bound).
+        floats: sites that should compute on integers, and that the runtime computes in floats.
     """
 
     chosen: dict[str, str]
@@ -118,6 +119,7 @@ class _Round:
     planned: dict[str, float]
     measured: dict[str, float]
     missed: dict[str, tuple[float, float]]
+    floats: frozenset[str] = frozenset()
 
     @property
     def worst(self) -> float:
@@ -126,29 +128,41 @@ class _Round:
 
     def to_json(self) -> dict[str, Any]:
         """For the notes."""
-        return {"loss": self.loss, "gap": self.gap, "planned": self.planned, "measured": self.measured, "missed": sorted(self.missed)}
+        return {
+            "formats": self.chosen,
+            "loss": self.loss,
+            "gap": self.gap,
+            "planned": self.planned,
+            "measured": self.measured,
+            "missed": sorted(self.missed),
+        }
 
 
 def _planned(files: _Files, plain: Path, sites: Sequence[FormatSite], budget: Budget, times: Times | None, quick: Make) -> list[_Round]:
-    """Plans, and files of them, until one keeps the bounds; tables are set right by each file."""
+    """Plans, and files of them, until one keeps the bounds; tables are set right by each file.
+
+    A layer that a file says is to compute on integers, and that the runtime computes in floats, is not planned so again.
+    """
     found: list[_Round] = []
     fixed, scale = plain.stat().st_size - sum(site.sizes["float32"] for site in sites), 1.0
-    base = {"size_bytes": float(plain.stat().st_size), "latency_ms": files.time({"float": plain})["float"].value}
+    base = {"size_bytes": float(plain.stat().st_size)}
+    if times is not None:
+        base["latency_ms"] = files.time({"float": plain})["float"].value
     for number in range(ROUNDS):
         bounds = {metric: limit.absolute(base[metric]) for metric, limit in budget.limits.items()}
         asked = {metric: bound / scale if metric == "latency_ms" else bound for metric, bound in bounds.items()}
         chosen, solution = choose(sites, asked, fixed, times)
-        path = files.write(f"round{number}", chosen, quick)
-        measured = files.time({"float": plain, "mixed": path})
-        base["latency_ms"] = measured["float"].value
-        values = {"size_bytes": float(path.stat().st_size), "latency_ms": measured["mixed"].value}
-        planned = {"size_bytes": solution.totals["size_bytes"]}
+        path, floats = files.write(f"round{number}", chosen, quick)
+        values, planned = {"size_bytes": float(path.stat().st_size)}, {"size_bytes": solution.totals["size_bytes"]}
         if times is not None:
+            measured = files.time({"float": plain, "mixed": path})
+            base["latency_ms"], values["latency_ms"] = measured["float"].value, measured["mixed"].value
             planned["latency_ms"] = predicted(sites, chosen, times)
         missed = budget.violations(values, base)
-        found.append(_Round(chosen, solution.objective, solution.gap, planned, values, missed))
-        if not missed or not solution.feasible:
+        found.append(_Round(chosen, solution.objective, solution.gap, planned, values, missed, floats))
+        if not floats and (not missed or not solution.feasible):
             break
+        sites = [site.without_integers() if site.name in floats else site for site in sites]
         fixed += max(0.0, values["size_bytes"] - planned["size_bytes"])  # names and conversions, which the tables do not know
         if "latency_ms" in missed:
             scale *= 1.005 * missed["latency_ms"][0] / missed["latency_ms"][1]
@@ -156,14 +170,10 @@ def _planned(files: _Files, plain: Path, sites: Sequence[FormatSite], budget: Bu
 
 
 def _quick(plainly: Make, calls: Sequence[Call]) -> Make:
-    """Programs in formats for files that are only timed: calibrated on one batch, each once."""
-    made: dict[tuple[tuple[str, str], ...], Quantized] = {}
+    """Programs in formats for files that are only timed: calibrated on one batch."""
 
     def make(formats: Mapping[str, str]) -> Quantized:
-        key = tuple(sorted(formats.items()))
-        if key not in made:
-            made[key] = plainly(formats, calls=calls[:1])
-        return made[key]
+        return plainly(formats, calls=calls[:1])
 
     return make
 
@@ -187,14 +197,19 @@ class _Files:
                 held.update({address: self.options[form][address] for address in self.members[site]})
         return held
 
-    def write(self, name: str, chosen: Mapping[str, str], make: Make) -> Path:
-        """The file of a choice."""
+    def write(self, name: str, chosen: Mapping[str, str], make: Make) -> tuple[Path, frozenset[str]]:
+        """The file of a choice, and the sites that the runtime computes in floats though their codes are integers."""
         path, formats = self.folder / f"{name}.onnx", self.formats(chosen)
-        if formats:
-            lower_quantized(self.target, make(formats), path, self.example.args, self.example.kwargs)
-        else:
+        if not formats:
             lower_program(self.target, self.program, path, self.example.args, self.example.kwargs)
-        return path
+            return path, frozenset()
+        quantized = make(formats)
+        lower_quantized(self.target, quantized, path, self.example.args, self.example.kwargs)
+        departs = self.target.check(path, expected_formats(self.program, quantized))
+        wrong = {text.split(":")[0] for text in departs if ": should be int8" in text}
+        homes = {weight: address for address, weight in quantized.sites.layers.items()}
+        places = {homes[weight] for weight in wrong & homes.keys()}
+        return path, frozenset(site for site, addresses in self.members.items() if places & set(addresses))
 
     def time(self, files: Mapping[str, Path]) -> dict[str, Timing]:
         """In one interleaving."""
@@ -206,7 +221,7 @@ def _timed(
 ) -> tuple[Times, dict[str, Any]]:
     """Milliseconds by format, from mixtures, and how well the fit foretells each of them."""
     choices = choices_to_time(sites, options, TIMED * len(options), seed)
-    paths = {str(i): files.write(f"timed{i}", chosen, quick) for i, chosen in enumerate(choices)}
+    paths = {str(i): files.write(f"timed{i}", chosen, quick)[0] for i, chosen in enumerate(choices)}
     found = files.time(paths)
     milliseconds = [found[str(i)].value for i in range(len(choices))]
     times = fitted_times(sites, choices, milliseconds)
@@ -223,7 +238,7 @@ def _sites(
     by_name: dict[str, list[fx.Node]] = {}
     for node in plain.graph.nodes:
         name = weight_of(plain, node) or table_of(plain, node)
-        if name is not None and plain.origins[node.name].address in losses:
+        if name is not None and any(plain.origins[node.name].address in chosen for chosen in options.values()):
             by_name.setdefault(name, []).append(node)
     address = {node.name: plain.origins[node.name].address for nodes in by_name.values() for node in nodes}
     home = {address[node.name]: address[nodes[0].name] for nodes in by_name.values() for node in nodes}
@@ -239,7 +254,9 @@ def _sites(
         macs = 0.0 if kind == "table" else sum(_count(node) for node in nodes) / plain.batch * numbers / shape[0]
         elements = 0.0 if kind == "table" else _count(nodes[0].args[0]) / plain.batch
         source = None if kind == "table" else maker(plain, nodes[0])
-        sizes = {text: float(_bytes(options[text][places[0]], shape[0], numbers)) for text in able} | {"float32": 4.0 * numbers}
+        looked_at = kind != "table" and any(table_of(plain, node) == name for node in plain.graph.nodes)
+        beside = 4 * numbers if looked_at else 0  # an embedding that shares the weight goes on with floats
+        sizes = {text: float(_bytes(options[text][places[0]], shape[0], numbers) + beside) for text in able} | {"float32": 4.0 * numbers}
         lost = {text: sum(losses[place][text] for place in places) for text in able} | {"float32": 0.0}
         integer = frozenset(text for text in able if is_bits(options[text][places[0]]))
         found.append(FormatSite(places[0], kind, lost, sizes, macs, elements, home.get(source or ""), integer))

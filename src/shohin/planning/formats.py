@@ -7,7 +7,7 @@ element; its coefficients are fitted to timings of whole files (non-negative), s
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +51,10 @@ class FormatSite:
     def formats(self) -> list[str]:
         """What it may be, in a fixed order."""
         return sorted(self.losses)
+
+    def without_integers(self) -> FormatSite:
+        """The site that no longer may compute on integers."""
+        return replace(self, losses={form: loss for form, loss in self.losses.items() if form not in self.integer})
 
 
 @dataclass(frozen=True, eq=False)

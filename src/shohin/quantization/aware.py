@@ -20,6 +20,7 @@ from shohin.formats import Quantizer
 from shohin.program import Folded, Program, ProgramModule, family, fold
 from shohin.program.fold import CONVOLUTIONS
 from shohin.program.nodes import argument
+from shohin.program.program import shape_of
 from shohin.quantization.biases import on_the_grid_of_sums
 from shohin.quantization.learned import rounded, scaled_gradient, whole
 from shohin.quantization.quantized import Quantized
@@ -92,6 +93,8 @@ class AwareModule(nn.Module):
         self._program, self._quantized, self._least = program, quantized, least_scale
         self._starts = [math.inf, math.inf] if passes is None else [share * passes for share in qat.settle]
         self._settled = False
+        norms = [n for n in program.graph.nodes if n.op == "call_function" and family(n) == "batch_norm"]
+        self._by_rows = any(math.prod(shape_of(n)[2:]) == 1 for n in norms)
         made = _Builder(program, quantized, qat, least_scale)
         self._activations, self._weights = made.activations, made.weights
         self.inner = ProgramModule(made.program, made.graph)
@@ -100,9 +103,17 @@ class AwareModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs of the model, rounded as they will be."""
-        if self.training and torch.is_grad_enabled():
-            self._count()
-        return self.inner(*args, **kwargs)
+        if not self.training or not torch.is_grad_enabled():
+            return self.inner(*args, **kwargs)
+        self._count()
+        alone = next((len(x) == 1 for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim()), False)
+        if not alone or not self._by_rows:
+            return self.inner(*args, **kwargs)
+        self.inner.eval()  # one sample has no spread: the statistics of the others serve it
+        try:
+            return self.inner(*args, **kwargs)
+        finally:
+            self.inner.train()
 
     def _count(self) -> None:
         done = int(self.get_buffer("passes"))
@@ -230,7 +241,7 @@ class _Builder:
         form = grid.quantizer.format
 
         def snap_learned(x: Tensor, base: Tensor, growth: Tensor, shift: Tensor | None, zero: Tensor) -> Tensor:
-            factor = 1 / math.sqrt(max(x.numel() // max(len(x), 1), 1) * form.high)
+            factor = 1 / math.sqrt(max(x.numel() // max(x.shape[0] if x.dim() else 1, 1), 1) * form.high)
             scale = scaled_gradient(grid.scale(growth, base), factor)
             if shift is not None:
                 zero = scaled_gradient(grid.zero(shift, zero), factor)

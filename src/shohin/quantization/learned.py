@@ -37,7 +37,7 @@ class Rounded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
+        gradient = gradients[0].to_dense() if gradients[0].is_sparse else gradients[0]
         x, out, scale, least, most = ctx.saved_tensors
         inside = gradient * ((x >= least) & (x <= most))
         for_scale = for_zero = None

@@ -30,7 +30,7 @@ def sensitivity(
         program: before quantization.
         forms: format -> the program with every layer in it that can be.
         calls: batches; the first `SAMPLES` samples or so are used.
-        measure: one of `MEASURES`.
+        measure: one of `MEASURES`. "fisher" is "output" where answers have no gradients.
 
     Raises:
         PlanError: for an unknown measure.
@@ -39,11 +39,12 @@ def sensitivity(
         raise PlanError(f"sensitivity={measure!r} is not known; one of {', '.join(map(repr, MEASURES))}{closest(str(measure), MEASURES)}")
     found: dict[str, dict[str, float]] = {}
     for form, quantized in forms.items():
+        losses: dict[str, float] = {}
         if measure == "fisher":
             losses = {address: damage.moved for address, damage in damages(program, quantized, calls, seed).items()}
-        elif measure == "output":
+        if measure == "output" or (measure == "fisher" and not any(losses.values())):  # answers without gradients tell nothing
             losses = _at_outputs(program, quantized, _few(calls))
-        else:
+        elif measure == "kl":
             losses = _of_answers(program, quantized, _few(calls))
         for address, loss in losses.items():
             found.setdefault(address, {})[form] = loss

@@ -20,6 +20,8 @@ def chosen_formats(program: Program, format: str | Mapping[str, str], target: Ta
     from shohin.quantization import TABLE, is_float_form, quantizable, tables, weights_by_address
 
     layers, weights, embeddings = quantizable(program), weights_by_address(program), tables(program)
+    if not layers and not embeddings:
+        raise PlanError("the model has no convolution, linear layer or embedding with a weight of its own: there is nothing to quantize")
     chosen: dict[str, str] = {}
     left: dict[str, str] = {}
     for pattern, text in ({"*": format} if isinstance(format, str) else format).items():
@@ -51,8 +53,9 @@ def chosen_formats(program: Program, format: str | Mapping[str, str], target: Ta
                 left[address] = table
     _check_shared(chosen, weights)
     formats = {address: form for address, form in sorted(chosen.items()) if form != "float32"}
-    if any(is_scheme(form) for address, form in formats.items() if address not in embeddings):
+    if target is not None:
         _check_types(program, formats, weights)
+    if any(is_scheme(form) for address, form in formats.items() if address not in embeddings):
         left |= {name: why for name, why in layer_weights(program)[1].items() if name not in embeddings.values()}
     return formats, left
 

@@ -90,17 +90,23 @@ def quantize(
             read. RunError: if there is a file where ``out`` should be a folder, or another training's checkpoint in it.
     """
     from shohin.quantization import is_float_form, quantize_layers
+    from shohin.quantization.sensitivity import MEASURES
 
     goal = None if target is None else get_target(target)
     limits = _limits(budget, format, goal, drop)
     _check(format, ranges, rounding, samples, epochs, seed)
-    qat = _wanted(recover, drop, out)
+    qat = _wanted(recover, drop, out, epochs, config)
+    one_of("sensitivity", sensitivity, MEASURES)
+    if limits is None and sensitivity != "fisher":
+        raise PlanError("sensitivity= is of layers under a budget: give budget='size <= ...', too")
     allowed = None if drop is None else Budget.parse(f"drop <= {drop}")
     if allowed is not None and data.metric is None and not (data.has_batches and data.has_labels and data.loss is None):
         raise DataError("drop needs a quality to keep: give batches with integer targets, or Data(metric=(run) -> float)")
     with seeded(checked(data), seed):
         program = capture(model, data.example())
-        chosen, left = chosen_formats(program, format if isinstance(format, (str, Mapping)) else format[0], goal)
+        chosen, left = chosen_formats(
+            program, format if isinstance(format, (str, Mapping)) else next(text for text in format if text != "float32"), goal
+        )
         static = any(map(is_bits, chosen.values()))
         floats = sorted({text for text in chosen.values() if is_float_form(text)})
         if floats and (qat is not None or allowed is not None):
@@ -161,10 +167,10 @@ def _limits(budget: str | Budget | None, format: object, target: Target | None, 
             )
         return None
     limits = Budget.parse(budget)
-    if several and not (
-        isinstance(format, Sequence) and format and all(isinstance(text, str) and text != "float32" for text in format[:1])
-    ):
+    if several and not (isinstance(format, Sequence) and format and all(isinstance(text, str) for text in format)):
         raise PlanError(f"format is a sequence of formats to choose from, such as ('int8', 'weights uint4 group 32'); got {format!r}")
+    if format == "float32" or (several and set(format) <= {"float32"}):  # type: ignore[call-overload]
+        raise PlanError("a budget chooses between formats and float32: name at least one other, such as 'int8'")
     if isinstance(format, Mapping):
         raise PlanError("patterns say which layer gets which format, so a budget has nothing to decide: give the formats to choose from")
     if target is None:
@@ -190,15 +196,20 @@ def _check(format: object, ranges: str | Mapping[str, str], rounding: str, sampl
         range_method(method)
 
 
-def _wanted(recover: str | QAT | None, drop: object, out: str | Path | None) -> QAT | None:
+def _wanted(recover: str | QAT | None, drop: object, out: str | Path | None, epochs: int, config: object) -> QAT | None:
     """The training that is asked for. Raises PlanError or RunError if it, or what is asked beside it, cannot be."""
     from shohin.quantization import QAT
+    from shohin.training import TrainConfig
 
     qat = QAT() if recover == "qat" else recover
     if qat is not None and not isinstance(qat, QAT):
         raise PlanError(f"recover={qat!r} is not known; None, 'qat', or a shohin.quantization.QAT that says how grids learn")
     if qat is not None and drop is not None:
         raise PlanError("drop= is a bound for what is not trained: give drop= or recover=, not both")
+    if config is not None and not isinstance(config, TrainConfig):
+        raise PlanError(f"config is a shohin.training.TrainConfig, not {type(config).__name__}")
+    if qat is None and (epochs != 5 or config is not None):
+        raise PlanError("epochs= and config= are of a training: give them with recover='qat'")
     if out is not None:
         if qat is None:
             raise RunError("out= is a folder for the checkpoint of a training: give it with recover='qat'; shohin.export writes files")

@@ -105,7 +105,7 @@ def write(
     found = layers(model, transposed)
     by_name = tied | _resolve(model, {**parameters, **buffers}, found, {k: v for k, v in weights.items() if k not in tied})
     given = {by_name.get(name, name): quantizer for name, quantizer in weights.items()}
-    rows = tables.looked_up(model, given)
+    rows = tables.looked_up(model, given.keys() - {layer.weight for layer in found})  # a layer's own codes serve a lookup as they are
     tables.insert(model, {name: given.pop(name) for name in rows})
     chosen = {name: q for name, q in given.items() if q.group is None}
     grouped = {name: q for name, q in given.items() if q.group is not None}
