@@ -1,7 +1,7 @@
 # make demo: the main job on real data.  make test: everything that must hold.  make sweep: many known architectures, cut and
 # compared (hours; goes on where it stopped).  make benchmark-understand: beside Torch-Pruning (an hour; likewise).  make
 # benchmark-distillation: beside torchdistill and ModelOpt (hours; likewise).  make benchmark-pruning: beside Torch-Pruning, ModelOpt and
-# torch's own (hours; likewise).  make benchmark-quantization: beside ONNX Runtime and NNCF (half an hour).  All set up .venv on first use.
+# torch's own (hours; likewise).  make benchmark-quantization: beside ONNX Runtime, NNCF and ModelOpt (hours).  All set up .venv on first use.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
