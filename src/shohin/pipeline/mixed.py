@@ -245,7 +245,7 @@ def _sites(
     found = []
     for name, nodes in by_name.items():
         places = [address[node.name] for node in nodes]
-        able = [text for text, chosen in options.items() if all(place in chosen and text in losses[place] for place in places)]
+        able = [text for text, chosen in options.items() if all(place in chosen and text in losses.get(place, {}) for place in places)]
         shape = tuple(plain.tensors[name].shape)
         numbers = 1
         for length in shape:

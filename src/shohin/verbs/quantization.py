@@ -65,8 +65,9 @@ def quantize(
         smoothing: divide activations of integer layers that floating operations make (normalization, GELU, attention) by a factor for each
             channel, which the weights of the linear layers that read them take (SmoothQuant, Xiao et al. 2023; how far is chosen for each
             by the error of those layers). Only where it helps, and where ``ranges`` says "mse".
-        rounding: of weights beside float activations, and of those with less than 7 bits beside integers: "nearest" and "hqq" (neither needs data), "gptq", "descent" (GPTQ, then scales and
-            codes in turn), or "auto": "descent" where ``data`` has batches, else "nearest".
+        rounding: of weights beside float activations, and of those with less than 7 bits beside integers: "nearest" and "hqq" (neither
+            needs data), "gptq", "descent" (GPTQ, then scales and codes in turn), or "auto": "descent" where ``data`` has batches, else
+            "nearest".
         samples: of the calibration batches.
         sensitivity: of layers, for a budget: "fisher" (how far each one's rounding moves the answers, to first order), "output" (its
             error at the layer's own output) or "kl" (measured on the answers, a forward pass for each layer and format).
@@ -144,7 +145,7 @@ def quantize(
             values = dict(zip(("float", "all", "kept"), kept.quality, strict=True))
             notes |= {"returned": kept.returned, "quality": values, "drop": str(drop)}
         if qat is not None:
-            quantized, told = _trained(model, program, quantized, data, qat, config, epochs, rule, seed, out)
+            quantized, told = _trained(program, quantized, data, qat, config, epochs, rule, seed, out)
             notes |= told
     if static:
         notes["ranges"] = ranges if isinstance(ranges, str) else dict(ranges)
@@ -238,7 +239,6 @@ def _kept(
 
 
 def _trained(
-    model: nn.Module,
     program: Program,
     quantized: Quantized,
     data: Data,
