@@ -16,7 +16,7 @@ from shohin.errors import BudgetError, DataError
 from shohin.formats import is_scheme
 from shohin.program import ProgramModule, capture
 from shohin.quantization import quantizable, quantize_layers
-from shohin.quantization.damage import Damage, damages
+from shohin.quantization.damage import SAMPLES, Damage, damages
 
 
 class Poisoned(nn.Module):
@@ -106,6 +106,16 @@ def test_what_is_foretold_of_a_layer_is_what_it_does(name: str) -> None:
             truth = float((alone.view()(x) - wanted).square().sum() / len(x))
             foretold = damages(program, alone, calls)[address].moved
             assert truth / 4 < foretold < truth * 4, address
+
+
+def test_of_a_large_batch_the_first_samples_are_looked_at() -> None:
+    model = nets.randomize(nets.Residual2d(), 0)
+    x = torch.randn(3 * SAMPLES, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    large, small = (Call((part,), {}, None, part) for part in (x, x[:SAMPLES]))
+    program = capture(model, large)
+    quantized = quantize_layers(program, [large], dict.fromkeys(quantizable(program), "int8"))
+    found, wanted = (damages(program, quantized, [call]) for call in (large, small))
+    assert {a: d.moved for a, d in found.items()} == pytest.approx({a: d.moved for a, d in wanted.items()}, rel=1e-4)
 
 
 def test_reasons() -> None:

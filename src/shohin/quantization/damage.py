@@ -80,7 +80,7 @@ def damages(program: Program, quantized: Quantized, calls: Sequence[Call], seed:
     Args:
         program: before quantization.
         quantized: the same program on its grids.
-        calls: batches; about `SAMPLES` samples are used.
+        calls: batches; the first `SAMPLES` samples are used, all of the first batch where the model fixes its size.
     """
     plain, tensors = fold(program).program, quantized.program.tensors
     nodes = [n for n in plain.graph.nodes if (weight_of(plain, n) or table_of(plain, n)) in quantized.weights]
@@ -90,8 +90,11 @@ def damages(program: Program, quantized: Quantized, calls: Sequence[Call], seed:
     for call in calls:
         if seen >= SAMPLES and not plain.fixed:
             break
-        seen += call.size
-        _one(plain, tensors, quantized, nodes, call_inputs(plain, call), totals, generator)
+        inputs, room = call_inputs(plain, call), call.size if plain.fixed else min(call.size, SAMPLES - seen)
+        seen += room
+        if room < call.size:  # the errors of every layer are held at once: a large batch is not taken whole
+            inputs = tuple(x[:room] if isinstance(x, Tensor) and x.dim() and len(x) == call.size else x for x in inputs)
+        _one(plain, tensors, quantized, nodes, inputs, totals, generator)
     found = {}
     for node in nodes:
         moved, activation, weight, outlier, clipped, uneven = totals[node.name].tolist()
