@@ -67,7 +67,7 @@ def quantize(
             by the error of those layers). Only where it helps, and where ``ranges`` says "mse".
         rounding: of weights beside float activations, and of those with less than 7 bits beside integers: "nearest" and "hqq" (neither
             needs data), "gptq", "descent" (GPTQ, then scales and codes in turn), or "auto": "descent" where ``data`` has batches, else
-            "nearest".
+            "nearest". What is trained begins with the weights as they are.
         samples: of the calibration batches.
         sensitivity: of layers, for a budget: "fisher" (how far each one's rounding moves the answers, to first order), "output" (its
             error at the layer's own output) or "kl" (measured on the answers, a forward pass for each layer and format).
@@ -119,7 +119,8 @@ def quantize(
             raise DataError(f"{what} batches: give Data(train=loader)")
         calls = calibration(data, seed, samples) if data.has_batches else []
         rule = None if goal is None else goal.least_scale()
-        options: dict[str, Any] = {"rounding": rounding, "ranges": ranges, "smoothing": smoothing, "least_scale": rule, "seed": seed}
+        begin = "nearest" if qat is not None else rounding  # a training begins with the weights as they are
+        options: dict[str, Any] = {"rounding": begin, "ranges": ranges, "smoothing": smoothing, "least_scale": rule, "seed": seed}
 
         def make(formats: Mapping[str, str], calls: Sequence[Call] = calls, plainly: bool = False) -> Quantized:
             return quantize_layers(program, calls, formats, **options, plainly=plainly)
@@ -160,7 +161,7 @@ def quantize(
 
 def _limits(budget: str | Budget | None, format: object, target: Target | None, drop: object) -> Budget | None:
     """The bounds on a file. Raises PlanError or BudgetError if there is nothing to hold them against, or nothing to choose from."""
-    several = not isinstance(format, (str, Mapping))
+    several = isinstance(format, Sequence) and not isinstance(format, str)
     if budget is None:
         if several:
             raise PlanError(
@@ -168,7 +169,7 @@ def _limits(budget: str | Budget | None, format: object, target: Target | None, 
             )
         return None
     limits = Budget.parse(budget)
-    if several and not (isinstance(format, Sequence) and format and all(isinstance(text, str) for text in format)):
+    if isinstance(format, Sequence) and not (format and all(isinstance(text, str) for text in format)):
         raise PlanError(f"format is a sequence of formats to choose from, such as ('int8', 'weights uint4 group 32'); got {format!r}")
     if format == "float32" or (several and set(format) <= {"float32"}):  # type: ignore[call-overload]
         raise PlanError("a budget chooses between formats and float32: name at least one other, such as 'int8'")
