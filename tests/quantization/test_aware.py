@@ -303,18 +303,9 @@ def test_what_cannot_be_trained_says_so(classifier: nn.Module) -> None:
     with pytest.raises(ModelError, match="requires gradients"):
         shohin.quantize(frozen, labelled(64), recover="qat", epochs=1)
 
-    class Decided(nn.Module):
-        def __init__(self, model: nn.Module) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.model(x).argmax(-1)
-            return out
-
     data = shohin.Data(train=[torch.randn(8, 3, 10, 10)])
     with pytest.raises(DataError, match="no gradient"):
-        shohin.quantize(Decided(copy.deepcopy(classifier)), data, recover="qat", epochs=1)
+        shohin.quantize(nets.Decided(copy.deepcopy(classifier)), data, recover="qat", epochs=1)
 
 
 def test_bad_wishes_are_refused_before_the_work(classifier: nn.Module, tmp_path: Path) -> None:

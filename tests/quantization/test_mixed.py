@@ -134,19 +134,10 @@ def test_a_layer_that_the_runtime_computes_in_floats_is_not_planned_on_integers(
 
 
 def test_answers_without_gradients_are_judged_at_the_layers(uneven: tuple[nn.Module, shohin.Data]) -> None:
-    class Decided(nn.Module):
-        def __init__(self, model: nn.Module) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.model(x).argmax(-1)
-            return out
-
     _, data = uneven
     calls = list(data.calls("train"))
     torch.manual_seed(0)
-    program = capture(Decided(Uneven()).eval(), calls[0])
+    program = capture(nets.Decided(Uneven()).eval(), calls[0])
     forms = {"int8": quantize_layers(program, calls, dict.fromkeys(quantizable(program), "int8"))}
     assert all(losses["int8"] > 0 for losses in sensitivity(program, forms, calls).values())
 

@@ -47,12 +47,18 @@ def window_of(node: fx.Node, shape: tuple[int, ...]) -> Window | None:
     return Window(tuple(shape[2:]), stride, padding, dilation, int(groups))
 
 
-def layer_weights(program: Program) -> tuple[list[LayerWeight], dict[str, str]]:
-    """Every weight that layers of one kind read, in the program's order; and name -> why not, of other parameters with two dimensions or more."""
+def tensor_readers(program: Program) -> dict[int, list[tuple[fx.Node, fx.Node]]]:
+    """``id`` of each tensor of the model -> the operations that read it, each with the placeholder that it reads; tied ones together."""
     readers: dict[int, list[tuple[fx.Node, fx.Node]]] = {}
     for node in program.graph.nodes:
         if node.op == "placeholder" and node.name in program.names:
             readers.setdefault(id(program.tensors[program.names[node.name]]), []).extend((user, node) for user in node.users)
+    return readers
+
+
+def layer_weights(program: Program) -> tuple[list[LayerWeight], dict[str, str]]:
+    """Every weight that layers of one kind read, in the program's order; and name -> why not, of other parameters with two dimensions or more."""
+    readers = tensor_readers(program)
     names: dict[int, list[str]] = {}
     for name, tensor in program.tensors.items():
         if name in program.trainable and tensor.dim() > 1 and tensor.is_floating_point():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from shohin.program.program import shape_of
 from shohin.quantization import Quantized, tables, weights_by_address
 from shohin.quantization.damage import maker
 from shohin.quantization.sensitivity import sensitivity
-from shohin.quantization.sites import table_of, weight_of
+from shohin.quantization.sites import held_by, table_of
 from shohin.targets import Target, Timing
 
 #: random mixtures that are timed for each format, and rounds of planning against what was measured
@@ -73,7 +75,7 @@ def mixed(
     """
     losses = sensitivity(program, {text: plainly(dict(chosen)) for text, chosen in options.items()}, calls, measure, seed)
     sites, members = _sites(program, options, losses)
-    quick = _quick(plainly, calls)
+    quick = partial(plainly, calls=calls[:1])  # for files that are only timed
     with tempfile.TemporaryDirectory() as folder:
         files = _Files(Path(folder), program, target, example, members, options)
         plain, _ = files.write("float", {site.name: "float32" for site in sites}, quick)
@@ -169,15 +171,6 @@ def _planned(files: _Files, plain: Path, sites: Sequence[FormatSite], budget: Bu
     return found
 
 
-def _quick(plainly: Make, calls: Sequence[Call]) -> Make:
-    """Programs in formats for files that are only timed: calibrated on one batch."""
-
-    def make(formats: Mapping[str, str]) -> Quantized:
-        return plainly(formats, calls=calls[:1])
-
-    return make
-
-
 @dataclass(frozen=True)
 class _Files:
     """Files of choices in a folder."""
@@ -237,7 +230,7 @@ def _sites(
     weights, looked = weights_by_address(plain), tables(plain)
     by_name: dict[str, list[fx.Node]] = {}
     for node in plain.graph.nodes:
-        name = weight_of(plain, node) or table_of(plain, node)
+        name = held_by(plain, node)
         if name is not None and any(plain.origins[node.name].address in chosen for chosen in options.values()):
             by_name.setdefault(name, []).append(node)
     address = {node.name: plain.origins[node.name].address for nodes in by_name.values() for node in nodes}
@@ -247,12 +240,11 @@ def _sites(
         places = [address[node.name] for node in nodes]
         able = [text for text, chosen in options.items() if all(place in chosen and text in losses.get(place, {}) for place in places)]
         shape = tuple(plain.tensors[name].shape)
-        numbers = 1
-        for length in shape:
-            numbers *= length
+        numbers = math.prod(shape)
         kind = "table" if places[0] in looked else weights[places[0]].kind if places[0] in weights else "linear"
-        macs = 0.0 if kind == "table" else sum(_count(node) for node in nodes) / plain.batch * numbers / shape[0]
-        elements = 0.0 if kind == "table" else _count(nodes[0].args[0]) / plain.batch
+        macs = 0.0 if kind == "table" else sum(math.prod(shape_of(node)) for node in nodes) / plain.batch * numbers / shape[0]
+        read: Any = nodes[0].args[0]
+        elements = 0.0 if kind == "table" else math.prod(shape_of(read)) / plain.batch
         source = None if kind == "table" else maker(plain, nodes[0])
         looked_at = kind != "table" and any(table_of(plain, node) == name for node in plain.graph.nodes)
         beside = 4 * numbers if looked_at else 0  # an embedding that shares the weight goes on with floats
@@ -261,13 +253,6 @@ def _sites(
         integer = frozenset(text for text in able if is_bits(options[text][places[0]]))
         found.append(FormatSite(places[0], kind, lost, sizes, macs, elements, home.get(source or ""), integer))
     return found, {home_: tuple(a for a, b in home.items() if b == home_) for home_ in dict.fromkeys(home.values())}
-
-
-def _count(node: Any) -> int:
-    total = 1
-    for length in shape_of(node):
-        total *= length
-    return total
 
 
 def _bytes(text: str, outputs: int, numbers: int) -> int:

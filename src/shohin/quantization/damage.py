@@ -20,7 +20,7 @@ from shohin.formats import Quantizer
 from shohin.program import Program, call_inputs, family, fold, interpret
 from shohin.program.fold import CONVOLUTIONS
 from shohin.quantization.quantized import Quantized
-from shohin.quantization.sites import FUSED, IDENTITY, JOINS, MOVES, PADS, POOLS, base, table_of, weight_of
+from shohin.quantization.sites import FUSED, IDENTITY, JOINS, MOVES, PADS, POOLS, base, held_by, table_of
 
 #: what stands between an integer layer and one that reads its codes
 THROUGH = frozenset(FUSED) | MOVES | PADS | IDENTITY | JOINS | POOLS
@@ -83,7 +83,7 @@ def damages(program: Program, quantized: Quantized, calls: Sequence[Call], seed:
         calls: batches; the first `SAMPLES` samples are used, all of the first batch where the model fixes its size.
     """
     plain, tensors = fold(program).program, quantized.program.tensors
-    nodes = [n for n in plain.graph.nodes if (weight_of(plain, n) or table_of(plain, n)) in quantized.weights]
+    nodes = [n for n in plain.graph.nodes if held_by(plain, n) in quantized.weights]
     totals = {n.name: torch.zeros(6, dtype=torch.float64) for n in nodes}
     seen = 0
     generator = torch.Generator().manual_seed(seed)

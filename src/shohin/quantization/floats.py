@@ -18,7 +18,7 @@ from shohin.errors import DataError
 from shohin.evidence.layer_rows import channel_axis
 from shohin.formats import BLOCK_FORMATS, FLOAT_FORMATS
 from shohin.program import Program, call_inputs, family, interpret
-from shohin.quantization.sites import table_of, weight_of
+from shohin.quantization.sites import held_by, table_of
 
 Rounding = Callable[[Tensor], Tensor]
 
@@ -56,7 +56,7 @@ def round_floats(
     largest = _largest(original, {n.name for n in scaled}, calls) if scaled else {}
     for node in nodes:
         text = formats[program.origins[node.name].address]
-        name = weight_of(program, node) or table_of(program, node)
+        name = held_by(program, node)
         if name is None:
             continue
         value = _weight(program.tensors[name].detach(), text)

@@ -14,7 +14,7 @@ from shohin.evidence import Divergence
 from shohin.program import Program, call_inputs, fold, interpret, restore_outputs
 from shohin.quantization.damage import SAMPLES, damages, rounding_errors
 from shohin.quantization.quantized import Quantized
-from shohin.quantization.sites import base, table_of, weight_of
+from shohin.quantization.sites import base, held_by, table_of
 
 #: "fisher": how far a layer's rounding moves the answers, to first order. "output": its relative squared error at the layer's own output.
 #: "kl": divergence of the answers with this layer alone rounded, a forward pass of each layer and format
@@ -61,7 +61,7 @@ def _few(calls: Sequence[Call]) -> list[Call]:
 
 
 def _rounded_nodes(program: Program, quantized: Quantized) -> list[fx.Node]:
-    return [n for n in program.graph.nodes if (weight_of(program, n) or table_of(program, n)) in quantized.weights]
+    return [n for n in program.graph.nodes if held_by(program, n) in quantized.weights]
 
 
 def _at_outputs(program: Program, quantized: Quantized, calls: Sequence[Call]) -> dict[str, float]:

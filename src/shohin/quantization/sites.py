@@ -84,6 +84,11 @@ def table_of(program: Program, node: fx.Node) -> str | None:
     return program.names.get(node.args[0].name)
 
 
+def held_by(program: Program, node: fx.Node) -> str | None:
+    """The name of what a node may hold in fewer bits, the weight of a layer or the table of an embedding; None if it is neither."""
+    return weight_of(program, node) or table_of(program, node)
+
+
 def _is_layer(program: Program, node: fx.Node) -> bool:
     return weight_of(program, node) is not None
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
-from torch import fx
 
+from shohin.evidence.layers import tensor_readers
 from shohin.formats import INT8, Quantizer, Scheme
 from shohin.program import Program, family
 
@@ -17,10 +17,7 @@ TABLE = Scheme(INT8.weights)
 
 def tables(program: Program) -> dict[str, str]:
     """Address of each embedding -> name of its table, where only embeddings look it up and it is float32."""
-    readers: dict[int, list[tuple[fx.Node, fx.Node]]] = {}
-    for node in program.graph.nodes:
-        if node.op == "placeholder" and node.name in program.names:
-            readers.setdefault(id(program.tensors[program.names[node.name]]), []).extend((user, node) for user in node.users)
+    readers = tensor_readers(program)
     first: dict[int, str] = {}
     for name, tensor in program.tensors.items():
         if name in program.trainable and tensor.dim() == 2 and tensor.dtype == torch.float32:
