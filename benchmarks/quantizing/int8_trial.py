@@ -19,7 +19,7 @@ from torch import nn
 
 import shohin
 from quantizing.costs import Costs
-from quantizing.integers import DYNAMIC, FOLDER, OURS, runtime
+from quantizing.integers import DYNAMIC, FOLDER, OUR_DYNAMIC, runtime
 from quantizing.onnx_text import onnx_file
 from quantizing.tasks import TASKS, Batch, data
 
@@ -72,9 +72,9 @@ def onnxruntime(source: Path, batches: Sequence[Batch], method: str, path: Path)
         )
 
 
-def ours(model: nn.Module, known: shohin.Data, target: str) -> shohin.Candidate:
+def ours(model: nn.Module, known: shohin.Data, method: str) -> shohin.Candidate:
     """Shohin, with its defaults."""
-    return shohin.quantize(model, known, "int8", target)
+    return shohin.quantize(model, known, "int8 dynamic" if method == OUR_DYNAMIC else "int8", runtime(method))
 
 
 def main() -> None:
@@ -87,11 +87,11 @@ def main() -> None:
     small, little = tiny()
     run: Callable[[], Any]
     task = TASKS[name]()
-    mine = method in OURS.values()
+    mine = method.startswith("shohin")
     if mine:
-        ours(small, shohin.Data(train=little), runtime(method))
+        ours(small, shohin.Data(train=little), method)
         model, known = task.model(), data(task)
-        run = lambda: ours(model, known, runtime(method))  # noqa: E731
+        run = lambda: ours(model, known, method)  # noqa: E731
     else:
         with tempfile.TemporaryDirectory() as folder:
             begun = onnx_file(small, little[0], Path(folder) / "tiny.onnx")

@@ -31,7 +31,7 @@ OURS = {"onnxruntime": "shohin: onnxruntime", "openvino": "shohin: openvino"}
 ONNX_RUNTIME = tuple(
     f"onnxruntime: {kind}, {ranges}" for kind in ("u8s8 7-bit", "u8s8", "u8u8") for ranges in ("minmax", "percentile 99.99")
 )
-DYNAMIC = "onnxruntime: dynamic"
+DYNAMIC, OUR_DYNAMIC = "onnxruntime: dynamic", "shohin: onnxruntime, dynamic"
 NNCF = ("nncf: openvino", "nncf: openvino, overflow fix", "nncf: openvino, accurate bias", "nncf: onnx")
 #: of the float latency, of the best peer's, in agreement, in points of accuracy, in rank correlation, in seconds and memory of NNCF
 DEMANDED = {"faster": 1.0, "peer": 1.05, "agree": 0.97, "accuracy": 0.3, "drop": 0.005, "cost": 0.5}
@@ -40,7 +40,7 @@ DEMANDED = {"faster": 1.0, "peer": 1.05, "agree": 0.97, "accuracy": 0.3, "drop":
 def methods(task: str) -> tuple[str, ...]:
     """Those that apply to a network. ONNX Runtime's percentiles of MiniLM need more than 24 GB of memory."""
     static = [name for name in ONNX_RUNTIME if task != "minilm" or "percentile" not in name]
-    return (*OURS.values(), *static, *((DYNAMIC,) if task == "minilm" else ()), *NNCF)
+    return (*OURS.values(), *static, *((OUR_DYNAMIC, DYNAMIC) if task == "minilm" else ()), *NNCF)
 
 
 def prepared(task: Task) -> Path:

@@ -30,10 +30,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def test_more_work_takes_longer_and_runs_repeat(files: dict[str, Path]) -> None:
     first, second = (measure("onnxruntime", files, (X,), batch=1, seed=seed) for seed in (0, 1))
-    ratio = first["large"].value / first["small"].value  # the convolutions do 9x the work, other nodes less
-    assert 2.5 < ratio < 12
+    ratio, again = (run["large"].value / run["small"].value for run in (first, second))
+    assert 2.5 < ratio < 12  # the convolutions do 9x the work, other nodes less
+    assert ratio == pytest.approx(again, rel=0.25)  # of one interleaving; between two the processor itself may change its pace
     for name in files:
-        assert first[name].value == pytest.approx(second[name].value, rel=0.15)
         assert 0 <= first[name].spread < 0.5
         conditions = first[name].conditions
         assert conditions["batch"] == 1 and conditions["threads"] == 1 and conditions["clock"] == "thread CPU time"

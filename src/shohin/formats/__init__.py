@@ -1,6 +1,6 @@
 """Formats: how numbers are held, and quantizers: a format with its scales."""
 
-from shohin.formats.bits import INT8, Bits, is_bits
+from shohin.formats.bits import INT8, Bits, is_bits, is_dynamic
 from shohin.formats.blocks import BLOCK_FORMATS, BlockFormat, named_block
 from shohin.formats.floating import FLOAT_FORMATS, FloatFormat, named_float
 from shohin.formats.integer import FORMATS, Format, named_format
@@ -20,6 +20,7 @@ __all__ = [
     "Quantizer",
     "Scheme",
     "is_bits",
+    "is_dynamic",
     "is_scheme",
     "named_block",
     "named_float",

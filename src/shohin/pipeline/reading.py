@@ -12,12 +12,12 @@ from shohin.budget import Budget
 from shohin.candidate import Candidate, Metrics
 from shohin.data import Data
 from shohin.errors import RunError, TargetError
-from shohin.formats import Quantizer, is_bits, is_scheme
+from shohin.formats import Bits, Quantizer, is_bits, is_dynamic, is_scheme
 from shohin.graph import Graph
 from shohin.pipeline.job import load_tensors, own_tensors
 from shohin.plan import Plan
 from shohin.program import Folded, Program, fold, with_graph
-from shohin.quantization import Quantized, find_sites, tables, weights_by_address
+from shohin.quantization import Dynamic, Quantized, dynamic_layers, find_sites, tables, weights_by_address
 from shohin.result import Result
 from shohin.run import Run, checksum, read_json, read_tensors
 from shohin.surgery import cut_sharing_values, understand
@@ -137,11 +137,13 @@ def requantized(program: Program, candidate: Candidate) -> Quantized:
     for address, form in formats.items():
         if not is_bits(form) and not is_scheme(form):
             raise TargetError(f"{address} is {form!r}, which no runtime here has kernels for: it is only simulated, by candidate.view")
-    sites = find_sites(folded.program, {address for address, form in formats.items() if is_bits(form)})
+    sites = find_sites(folded.program, {address for address, form in formats.items() if is_bits(form) and not is_dynamic(form)})
     origins, known = folded.program.origins, {a: w.name for a, w in weights_by_address(folded.program).items()} | tables(folded.program)
     addresses = {n: origins[n].address if n in origins else n for n in sites.grids}
     activations = {n: evidence[a] for n, a in addresses.items() if a in evidence}
     alone = [known[address] for address, form in formats.items() if is_scheme(form)]
-    weights = {name: evidence[name] for name in (*sites.layers.values(), *alone)}
+    moving = dynamic_layers(folded.program, {address: Bits.parse(form) for address, form in formats.items() if is_dynamic(form)})
+    weights = {name: evidence[name] for name in (*sites.layers.values(), *alone, *(name for name, _ in moving.values()))}
     tensors = {**folded.program.tensors, **{n: q.fake(folded.program.tensors[n].detach()).detach() for n, q in weights.items()}}
-    return Quantized(Folded(replace(folded.program, tensors=tensors), folded.folded), activations, weights, sites)
+    inputs = {node: Dynamic(bits.activations) for node, (_, bits) in moving.items()}
+    return Quantized(Folded(replace(folded.program, tensors=tensors), folded.folded), activations, weights, sites, inputs)

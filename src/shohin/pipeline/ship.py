@@ -54,10 +54,11 @@ def lower_quantized(
         taps=[names[n] for n in taps],
         activations={names[n]: quantized.activations[n] for n in own},
         weights=quantized.weights,
+        dynamic=quantized.dynamic,
     )
     used = {n: lowered.activations[names[grids[n]]] for n in quantized.activations if names[grids[n]] in lowered.activations}
     notes = [f"{name}: {why}" for name, why in lowered.adjusted.items()] + list(lowered.notes)
-    return simulate(program, used, quantized.sites.readers), used, notes
+    return simulate(program, used, quantized.sites.readers, quantized.inputs), used, notes
 
 
 def lower_for_timing(

@@ -1,6 +1,7 @@
 """Fewer bits: sites, ranges, weight grids, rounding, bias correction and the view that simulates them."""
 
 from shohin.quantization.aware import QAT, AwareModule
+from shohin.quantization.dynamic import Dynamic, dynamic_layers
 from shohin.quantization.fallback import fewest_returned
 from shohin.quantization.floats import is_float_form, needs_scale
 from shohin.quantization.layers import quantize_layers
@@ -16,8 +17,10 @@ __all__ = [
     "ROUNDINGS",
     "TABLE",
     "AwareModule",
+    "Dynamic",
     "Quantized",
     "Sites",
+    "dynamic_layers",
     "fewest_returned",
     "find_sites",
     "is_float_form",

@@ -178,12 +178,12 @@ def _errors(
     """See `rounding_errors`; ranges of the input go to ``total``."""
     x, source = args[0], node.args[0]
     q = quantized.activations.get(base(source).name) if isinstance(source, fx.Node) and table_of(program, node) is None else None
-    if q is not None:
+    if q is not None or node.name in quantized.inputs:
         size = x.abs().reshape(-1)
         near = float(torch.quantile(size[:: len(size) // 100_000 + 1], 0.999).clamp_min(1e-12))
         channels = x.abs().movedim(-1 if family(node) == "linear" else 1, 0).flatten(1).amax(1)
         total[3] = max(float(total[3]), float(size.max()) / near)
-        total[4] += len(x) * float(_beyond(x, q))
+        total[4] += 0.0 if q is None else len(x) * float(_beyond(x, q))
         total[5] = max(float(total[5]), float(channels.max() / channels.median().clamp_min(1e-12)))
     return rounding_errors(program, tensors, quantized, node, args, value)
 
@@ -208,6 +208,7 @@ def rounding_errors(
     x, source = args[0], node.args[0]
     q = quantized.activations.get(base(source).name) if isinstance(source, fx.Node) else None
     rounded = x if q is None else q.fake(x)
+    rounded = quantized.inputs[node.name](rounded) if node.name in quantized.inputs else rounded
     weight = tensors[program.names[node.args[1].name]]  # type: ignore[union-attr, index]
     rest, axis = args[2:], channel_axis(node, value)
     others = [d for d in range(value.dim()) if d != axis] if isinstance((*rest, None)[0], Tensor) else []

@@ -9,10 +9,11 @@ from shohin.data import Call
 from shohin.evidence.calibration import Ranges
 from shohin.formats import Bits, Scheme, is_scheme
 from shohin.program import Program, fold
+from shohin.quantization.dynamic import Dynamic, dynamic_layers
 from shohin.quantization.floats import is_float_form, round_floats
 from shohin.quantization.quantized import Quantized
 from shohin.quantization.sites import Sites
-from shohin.quantization.static import LeastScale, quantize_program
+from shohin.quantization.static import LeastScale, quantize_program, weight_quantizer
 from shohin.quantization.tables import quantize_tables, tables
 from shohin.quantization.weights import quantize_weights, weights_by_address
 
@@ -32,7 +33,7 @@ def quantize_layers(
     """The program with each layer in its format.
 
     Args:
-        formats: layer address -> "int8" or "wXaY" (weights and activations), a weight scheme, or a floating-point or block format, in
+        formats: layer address -> "int8" or "wXaY" (weights and activations), either with " dynamic" (linear layers), a weight scheme, or a floating-point or block format, in
             simulation; address of an embedding -> the scheme of its table. What is absent stays float.
         rounding: of the weight schemes, and of the weights of integer layers with less than 7 bits; see `quantize_weights`.
         ranges, smoothing, least_scale: of the integer layers; see `quantize_program`.
@@ -47,16 +48,16 @@ def quantize_layers(
     program, held = quantize_tables(program, formats.keys() & embeddings.keys())
     formats = {address: text for address, text in formats.items() if address not in embeddings}
     shown, rounding = ([], "nearest") if plainly else (calls, rounding)
-    found = _layers(program, calls, shown, formats, rounding, ranges, smoothing, least_scale, seed) if formats else _tables_alone(program)
+    found = _layers(program, calls, shown, formats, rounding, ranges, smoothing, least_scale, seed) if formats else _unchanged(program)
     found = replace(found, weights={**held, **found.weights})
     if not floats:
         return found
     tensors, inputs = round_floats(found.program, original, calls, floats)
     folded = replace(found.folded, program=replace(found.program, tensors=tensors))
-    return replace(found, folded=folded, inputs=inputs)
+    return replace(found, folded=folded, inputs={**found.inputs, **inputs})
 
 
-def _tables_alone(program: Program) -> Quantized:
+def _unchanged(program: Program) -> Quantized:
     return Quantized(fold(program), {}, {}, Sites({}, {}, {}, {}))
 
 
@@ -74,24 +75,38 @@ def _layers(
     schemes = {address: Scheme.parse(text) for address, text in formats.items() if is_scheme(text)}
     integer = {address: Bits.parse(text) for address, text in formats.items() if address not in schemes}
     few = _few_bits(program, integer) if shown and rounding != "nearest" else {}
-    alone = quantize_weights(program, shown, {**schemes, **few}, rounding=rounding, seed=seed) if schemes or few else None
-    if alone is not None and not integer:
-        return alone
-    known = {} if alone is None else {address: weight.name for address, weight in weights_by_address(alone.program).items()}
-    both = quantize_program(
-        program if alone is None else alone.program,
-        set(integer),
-        calls,
-        formats=integer,
-        ranges=ranges,
-        smoothing=smoothing,
-        least_scale=least_scale,
-        snapped={} if alone is None else {known[address]: alone.weights[known[address]] for address in few},
-    )
-    if alone is None:
-        return both
-    folded = replace(both.folded, folded=alone.folded.folded)
-    return Quantized(folded, both.activations, {**alone.weights, **both.weights}, both.sites)
+    found = _unchanged(program)
+    if schemes or few:
+        found = quantize_weights(program, shown, {**schemes, **few}, rounding=rounding, seed=seed)
+    known = {address: weight.name for address, weight in weights_by_address(found.program).items()}
+    snapped = {address: found.weights[known[address]] for address in few}
+    static = {address: bits for address, bits in integer.items() if not bits.dynamic}
+    if static:
+        both = quantize_program(
+            found.program,
+            set(static),
+            calls,
+            formats=static,
+            ranges=ranges,
+            smoothing=smoothing,
+            least_scale=least_scale,
+            snapped={known[address]: q for address, q in snapped.items() if address in static},
+        )
+        folded = replace(both.folded, folded=found.folded.folded)
+        found = Quantized(folded, both.activations, {**found.weights, **both.weights}, both.sites)
+    if len(static) == len(integer):
+        return found
+    moving = {address: bits for address, bits in integer.items() if bits.dynamic}
+    ready = {known[address]: q for address, q in snapped.items() if address in moving}
+    nodes = dynamic_layers(found.program, moving)
+    weights = {
+        name: ready[name] if name in ready else weight_quantizer(found.program.tensors[name], bits.weights, least_scale)
+        for name, bits in nodes.values()
+    }
+    inputs = {node: Dynamic(bits.activations) for node, (_, bits) in nodes.items()}
+    tensors = {name: q.fake(found.program.tensors[name].detach()).detach() for name, q in weights.items()}
+    folded = replace(found.folded, program=replace(found.program, tensors={**found.program.tensors, **tensors}))
+    return replace(found, folded=folded, weights={**found.weights, **weights}, inputs=inputs)
 
 
 def _few_bits(program: Program, integer: Mapping[str, Bits]) -> dict[str, Scheme]:

@@ -10,9 +10,10 @@ import torch
 from shohin.formats import Quantizer
 from shohin.formats.scheme import Scheme
 from shohin.program import Folded, Program
+from shohin.quantization.dynamic import Dynamic
 from shohin.quantization.floats import Rounding
 from shohin.quantization.simulate import simulate
-from shohin.quantization.sites import Sites
+from shohin.quantization.sites import Sites, weight_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +25,7 @@ class Quantized:
         activations: node name -> quantizer.
         weights: tensor name -> quantizer; of the integer layers, and of those whose activations stay float.
         sites: the sites.
-        inputs: layer node -> how its input is rounded, of layers in floating-point formats, which are only simulated.
+        inputs: layer node -> how its input is rounded by itself: `Dynamic` codes, and floating-point formats, which are only simulated.
     """
 
     folded: Folded
@@ -46,9 +47,16 @@ class Quantized:
         """Activation quantizers by address, weight quantizers by parameter name: a candidate's evidence."""
         return {**{address_of(self.program, n): q for n, q in self.activations.items()}, **self.weights}
 
+    @property
+    def dynamic(self) -> frozenset[str]:
+        """Weights of the layers that round their input in the range that it has itself."""
+        nodes = {node.name: node for node in self.program.graph.nodes}
+        names = (weight_of(self.program, nodes[node]) for node, rounding in self.inputs.items() if isinstance(rounding, Dynamic))
+        return frozenset(name for name in names if name is not None)
+
     def weight_formats(self) -> dict[str, str]:
         """Weight name -> "int8" where its layer computes on integers, else the scheme by which it is held."""
-        integer = set(self.sites.layers.values())
+        integer = set(self.sites.layers.values()) | self.dynamic
         return {name: "int8" if name in integer else str(Scheme.of(q)) for name, q in self.weights.items()}
 
 

@@ -12,7 +12,7 @@ Life cycle, in this order (each step needs only the file that the step before ma
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -166,6 +166,7 @@ class Target(ABC):
 
     vector_width: ClassVar[int] = 8
     formats: ClassVar[tuple[str, ...]] = ()
+    dynamic: ClassVar[bool] = False
     name: str
     threads: int
     batch: int
@@ -208,6 +209,7 @@ class Target(ABC):
         taps: Sequence[str] = (),
         activations: Mapping[str, Quantizer] | None = None,
         weights: Mapping[str, Quantizer] | None = None,
+        dynamic: Collection[str] = (),
     ) -> Lowered:
         """Writes the file that ships, atomically.
 
@@ -218,6 +220,7 @@ class Target(ABC):
             taps: names of the extra outputs, which name tensors inside the model and are not outputs of the file.
             activations: tap or input name -> per-tensor quantizer.
             weights: parameter name -> quantizer.
+            dynamic: of these the weights of linear layers that round their input in the range that it has itself.
 
         Raises:
             TargetError: if the module cannot be lowered or a name matches nothing.
@@ -279,6 +282,8 @@ class Target(ABC):
         """Why this target cannot run layers on such integers natively, with what it can; "" if it can."""
         if "int8" not in self.formats:
             return f"the target {self.name!r} has no integer kernels; it has {', '.join(self.formats)}"
+        if bits.dynamic and not self.dynamic:
+            return f"{self.name!r} has no kernels that round an input in its own range: ask for 'int8', or for the target 'onnxruntime'"
         if bits.activations.bits == 8:
             return ""
         near = "'int8'" if bits.weights.bits == 8 else f"'int8' or 'w{bits.weights.bits}a8' (weights in the same kernels, held in 8 bits)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -10,7 +10,7 @@ from shohin.addresses import match
 from shohin.errors import PlanError
 from shohin.evidence.layers import LayerWeight, layer_weights
 from shohin.formats import BLOCK_FORMATS, FLOAT_FORMATS, Bits, Scheme, is_bits, is_scheme
-from shohin.program import Program
+from shohin.program import Program, family
 from shohin.targets import Target
 from shohin.verbs.common import one_of
 
@@ -22,22 +22,37 @@ def chosen_formats(program: Program, format: str | Mapping[str, str], target: Ta
     layers, weights, embeddings = quantizable(program), weights_by_address(program), tables(program)
     if not layers and not embeddings:
         raise PlanError("the model has no convolution, linear layer or embedding with a weight of its own: there is nothing to quantize")
+    linear = {program.origins[node.name].address for node in program.graph.nodes if node.op == "call_function" and family(node) == "linear"}
     chosen: dict[str, str] = {}
     left: dict[str, str] = {}
     for pattern, text in ({"*": format} if isinstance(format, str) else format).items():
         scheme = Scheme.parse(text) if isinstance(text, str) and is_scheme(text) else None
+        bits = Bits.parse(text) if isinstance(text, str) and is_bits(text) else None
         named = match(pattern, [*layers, *embeddings])
         found = [address for address in named if address not in embeddings]
         simulated = isinstance(text, str) and is_float_form(text)
         if simulated and target is not None:
-            have = "'int8', 'w4a8' (weights of 2 to 8 bits) and weight schemes such as 'weights uint4 group 32'"
+            have = (
+                "'int8', 'w4a8' (weights of 2 to 8 bits)"
+                + ", 'int8 dynamic'" * target.dynamic
+                + " and weight schemes such as 'weights uint4 group 32'"
+            )
             raise PlanError(f"the target {target.name!r} has no kernels for {text!r}; it has {have}, and target=None simulates {text!r}")
-        if scheme is None and not simulated and not (isinstance(text, str) and is_bits(text)):
-            names = ("float32", "int8", "w4a8", "weights int4 group 32", "weights uint4 group 32", *FLOAT_FORMATS, *BLOCK_FORMATS)
+        if scheme is None and bits is None and not simulated:
+            names = (
+                "float32",
+                "int8",
+                "w4a8",
+                "int8 dynamic",
+                "weights int4 group 32",
+                "weights uint4 group 32",
+                *FLOAT_FORMATS,
+                *BLOCK_FORMATS,
+            )
             one_of("format", text, names)
-        elif scheme is None and not simulated and target is not None and (why := target.unfit(Bits.parse(text))):
+        if bits is not None and target is not None and (why := target.unfit(bits)):
             raise PlanError(f"{pattern!r} cannot be {text!r}: {why}")
-        unfit = {} if scheme is None else {a: reason for a in found if (reason := _misfit(a, scheme, weights, target))}
+        unfit = {a: reason for a in found if (reason := _misfit(a, scheme or bits, linear, weights, target))}
         if found and len(unfit) == len(found):
             reasons = {reason: address for address, reason in reversed(unfit.items())}
             listed = "; ".join(f"{address}: {reason}" for reason, address in reversed(reasons.items()))
@@ -79,10 +94,17 @@ def _check_types(program: Program, chosen: Mapping[str, str], weights: Mapping[s
             raise PlanError(f"{address} cannot be {form!r}: its weight is {name}, and the kernels take float32: quantize model.float()")
 
 
-def _misfit(address: str, scheme: Scheme, weights: Mapping[str, LayerWeight], target: Target | None) -> str:
+def _misfit(
+    address: str, form: Scheme | Bits | None, linear: Collection[str], weights: Mapping[str, LayerWeight], target: Target | None
+) -> str:
+    """Why a layer cannot be held so; "" if it can."""
+    if isinstance(form, Bits) and form.dynamic and address not in linear:
+        return "only linear layers round their input in its own range: ask for 'int8' for convolutions"
+    if not isinstance(form, Scheme):
+        return ""
     if address not in weights:
         return "an operation that is no layer reads its weight too"
     if target is None:
         return ""
-    why = target.misfit(scheme, weights[address].kind)
+    why = target.misfit(form, weights[address].kind)
     return f"the target {target.name!r}: {why}" if why else ""

@@ -14,7 +14,7 @@ from shohin.candidate import Candidate, Metrics
 from shohin.data import Call, Data
 from shohin.errors import BudgetError, DataError, PlanError, RunError
 from shohin.evidence.calibration import range_method
-from shohin.formats import is_bits, is_scheme
+from shohin.formats import is_bits, is_dynamic, is_scheme
 from shohin.plan import Plan
 from shohin.program import Program, ProgramModule, capture, unfold_state
 from shohin.run import CHECKPOINT
@@ -50,7 +50,8 @@ def quantize(
     """Fewer bits, ready for `export`: integer weights and activations, or weights of few bits beside float activations.
 
     Args:
-        format: "int8" for every convolution and linear layer, or "wXaY" with 2 to 8 bits for weights and for activations ("w4a8"); a weight
+        format: "int8" for every convolution and linear layer, or "wXaY" with 2 to 8 bits for weights and for activations ("w4a8"); either
+            with " dynamic" for linear layers that round their input in the range that it has itself, without data ("int8 dynamic"); a weight
             scheme such as "weights int4 group 32" or "weights uint4 group 32" for every layer that the target has a kernel for (2 to 8
             bits; "uint" formats have zero points); with ``target=None`` a floating-point or block format ("bf16", "e4m3", "mxfp4"...); or patterns of layer addresses to these or "float32": the last pattern that matches a
             layer decides. A pattern that matches nothing is an error.
@@ -108,10 +109,12 @@ def quantize(
         chosen, left = chosen_formats(
             program, format if isinstance(format, (str, Mapping)) else next(text for text in format if text != "float32"), goal
         )
-        static = any(map(is_bits, chosen.values()))
+        static = any(is_bits(text) and not is_dynamic(text) for text in chosen.values())
         floats = sorted({text for text in chosen.values() if is_float_form(text)})
         if floats and (qat is not None or allowed is not None):
             raise PlanError(f"{floats[0]!r} is only simulated: neither recover= nor drop= can go with it")
+        if qat is not None and (moving := next(filter(is_dynamic, chosen.values()), None)) is not None:
+            raise PlanError(f"{moving!r} has no ranges that could be trained: ask for {moving.removesuffix(' dynamic')!r} with recover=")
         if (static or qat is not None or limits is not None) and not data.has_batches:
             what = (
                 "static quantization needs calibration" if static else "a budget needs" if qat is None else "recover='qat' needs training"
@@ -136,7 +139,7 @@ def quantize(
                 program, calls, able, make, partial(make, plainly=True), goal, limits, data.example(), measure=sensitivity, seed=seed
             )
             quantized, chosen, metrics = found.quantized, found.formats, found.metrics
-            static = any(map(is_bits, chosen.values()))
+            static = any(is_bits(text) and not is_dynamic(text) for text in chosen.values())
             notes |= found.notes
         elif allowed is None:
             quantized = make(chosen)
@@ -152,7 +155,9 @@ def quantize(
         notes["ranges"] = ranges if isinstance(ranges, str) else dict(ranges)
         notes["smoothed"] = [a for a, q in quantized.by_address().items() if q.axis == -1]
     if any(map(is_scheme, chosen.values())):
-        notes |= {"rounding": rounding, "float": left}
+        notes["rounding"] = rounding
+    if left or "rounding" in notes:
+        notes["float"] = left
     plan = Plan(program.fingerprint, formats=chosen)
     return Candidate(
         "quantized", plan, _snapped(model, program, quantized), quantized.view(), quantized.by_address(), metrics=metrics, notes=notes

@@ -67,7 +67,12 @@ def export(
         else:
             shown, _, notes = lower_quantized(goal, quantized, path, example.args, example.kwargs)
         parity = verify_export(
-            goal, shown, path, expected_formats(program, quantized), [example], integer=bool(quantized and quantized.activations)
+            goal,
+            shown,
+            path,
+            expected_formats(program, quantized),
+            [example],
+            integer=bool(quantized and (quantized.activations or quantized.inputs)),
         )
         timing = goal.measure({"file": path}, example.args, kwargs=example.kwargs)["file"]
         quality = None

@@ -71,6 +71,11 @@ class Layer:
         return str(self.node.input[0])
 
     @property
+    def outputs_first(self) -> bool:
+        """True if the file holds the weight of a linear layer as ``[outputs, inputs]``, False for the transpose."""
+        return self.node.op_type == "Gemm" and bool(attribute(self.node, "transB", 0))
+
+    @property
     def output(self) -> str:
         """Name of the tensor that it computes, bias included."""
         return str((self.adder or self.node).output[0])

@@ -57,10 +57,7 @@ def insert(model: onnx.ModelProto, weights: Mapping[str, Quantizer], layers: Seq
     for layer in mine:
         if len(edges.reads(layer.initializer)) != sum(other.initializer == layer.initializer for other in mine):
             raise TargetError(f"{layer.weight!r} is also read by an operation that is no linear layer: leave it float")
-        if layer.node.op_type == "Gemm" and (attribute(layer.node, "alpha", 1.0) != 1.0 or attribute(layer.node, "transA", 0)):
-            raise TargetError(f"{layer.weight!r}: the runtime's kernel has no factor and no transposed input")
-        if layer.node.op_type not in ("Gemm", "MatMul"):
-            raise TargetError(f"{layer.weight!r}: {layer.node.op_type} has no kernel for weights of few bits")
+        plain_product(layer, "weights of few bits")
         if layer.initializer not in held:
             held[layer.initializer] = _initializers(model, edges, layer, weights[layer.weight])
         if layer.adder is not None:
@@ -74,11 +71,15 @@ def insert(model: onnx.ModelProto, weights: Mapping[str, Quantizer], layers: Seq
 def _shape(edges: Edges, layer: Layer) -> tuple[int, int]:
     """Outputs and inputs."""
     rows, columns = edges.initializers[layer.initializer].dims
-    return (rows, columns) if _outputs_first(layer) else (columns, rows)
+    return (rows, columns) if layer.outputs_first else (columns, rows)
 
 
-def _outputs_first(layer: Layer) -> bool:
-    return layer.node.op_type == "Gemm" and bool(attribute(layer.node, "transB", 0))
+def plain_product(layer: Layer, what: str) -> None:
+    """Raises TargetError for a layer that is no product of a matrix and an activation as it is, which alone has kernels for ``what``."""
+    if layer.node.op_type not in ("Gemm", "MatMul"):
+        raise TargetError(f"{layer.weight!r}: {layer.node.op_type} has no kernel for {what}")
+    if layer.node.op_type == "Gemm" and (attribute(layer.node, "alpha", 1.0) != 1.0 or attribute(layer.node, "transA", 0)):
+        raise TargetError(f"{layer.weight!r}: the runtime's kernel has no factor and no transposed input")
 
 
 def _initializers(model: onnx.ModelProto, edges: Edges, layer: Layer, quantizer: Quantizer) -> list[str]:
@@ -86,7 +87,7 @@ def _initializers(model: onnx.ModelProto, edges: Edges, layer: Layer, quantizer:
     from onnx import numpy_helper
 
     value = array(edges.initializers[layer.initializer]).astype(np.float32)
-    value = value if _outputs_first(layer) else value.T
+    value = value if layer.outputs_first else value.T
     outputs, inputs = value.shape
     group, bits = quantizer.group, quantizer.format.bits
     if group is None or quantizer.scale.shape != (outputs, -(-inputs // group)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from shohin.errors import TargetError, closest
 from shohin.formats import Quantizer
 from shohin.run import write_atomic
 from shohin.targets.base import Lowered
+from shohin.targets.onnx import dynamic as ranging
 from shohin.targets.onnx import few_bits, tables
 from shohin.targets.onnx.edges import Layer, array, layers
 from shohin.targets.onnx.export import Exported, export
@@ -53,6 +54,7 @@ def lower(
     taps: Sequence[str] = (),
     activations: Mapping[str, Quantizer] | None = None,
     weights: Mapping[str, Quantizer] | None = None,
+    dynamic: Collection[str] = (),
 ) -> Lowered:
     """Writes an ONNX file (opset 20, one file, free batch), quantized where quantizers are given.
 
@@ -65,6 +67,7 @@ def lower(
         activations: tap or input name -> per-tensor 8-bit quantizer.
         weights: parameter name -> quantizer, per tensor or per output channel; with groups the layer keeps float activations
             (see `shohin.targets.onnx.few_bits`); of a table that is looked up, one scale for each row.
+        dynamic: of these the weights of linear layers that round their input in the range that it has itself.
 
     Raises:
         TargetError: if the module does not export, a name matches nothing, or a quantizer does not fit.
@@ -73,7 +76,9 @@ def lower(
         raise TargetError(f"tap names must differ; twice: {sorted({t for t in taps if list(taps).count(t) > 1})}")
     exported = export(module, args, kwargs or {}, taps)
     parameters, buffers = dict(module.named_parameters(remove_duplicate=False)), dict(module.named_buffers(remove_duplicate=False))
-    return write(exported, path, parameters, buffers, rules, taps=taps, activations=activations or {}, weights=weights or {})
+    return write(
+        exported, path, parameters, buffers, rules, taps=taps, activations=activations or {}, weights=weights or {}, dynamic=dynamic
+    )
 
 
 def write(
@@ -86,6 +91,7 @@ def write(
     taps: Sequence[str],
     activations: Mapping[str, Quantizer],
     weights: Mapping[str, Quantizer],
+    dynamic: Collection[str] = (),
 ) -> Lowered:
     """The second half of `lower`: an exported model (which is changed) to a file.
 
@@ -107,6 +113,7 @@ def write(
     given = {by_name.get(name, name): quantizer for name, quantizer in weights.items()}
     rows = tables.looked_up(model, given.keys() - {layer.weight for layer in found})  # a layer's own codes serve a lookup as they are
     tables.insert(model, {name: given.pop(name) for name in rows})
+    moving = {by_name.get(name, name): given.pop(by_name.get(name, name)) for name in sorted(dynamic)}
     chosen = {name: q for name, q in given.items() if q.group is None}
     grouped = {name: q for name, q in given.items() if q.group is not None}
     outputs = {layer.weight: layer.output for layer in found}
@@ -119,9 +126,10 @@ def write(
     found = layers(model, transposed) if smoothed else found
     fitted, reasons = rules.conform(model, asked, [layer for layer in found if layer.weight in chosen])
     notes = rules.remarks(model, fitted, found, chosen)
-    shield_float(model, [layer for layer in found if layer.weight not in given], fitted)
+    shield_float(model, [layer for layer in found if layer.weight not in given.keys() | moving.keys()], fitted)
     few_bits.insert(model, grouped, found)
-    insert_qdq(model, fitted, chosen, layers(model, transposed) if grouped else found)
+    ranging.insert(model, moving, found)
+    insert_qdq(model, fitted, chosen, layers(model, transposed) if grouped or moving else found)
     del model.graph.value_info[:]
     for key, value in ((KEY, exported.signature.to_json()), (LAYERS, json.dumps(outputs)), (ALIASES, json.dumps(aliases))):
         model.metadata_props.add(key=key, value=value)

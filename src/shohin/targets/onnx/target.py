@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -70,11 +70,12 @@ class ONNXTarget(Target):
         taps: Sequence[str] = (),
         activations: Mapping[str, Quantizer] | None = None,
         weights: Mapping[str, Quantizer] | None = None,
+        dynamic: Collection[str] = (),
     ) -> Lowered:
         """See `Target.lower` and `shohin.targets.onnx.lower`."""
         from shohin.targets.onnx.lower import lower
 
-        return lower(module, args, path, self.rules, kwargs=kwargs, taps=taps, activations=activations, weights=weights)
+        return lower(module, args, path, self.rules, kwargs=kwargs, taps=taps, activations=activations, weights=weights, dynamic=dynamic)
 
     def prepare(self, program: Program, args: tuple[Any, ...], *, kwargs: Mapping[str, Any] | None = None) -> Prepared:
         """See `Target.prepare` and `shohin.targets.onnxruntime.prepare`."""

@@ -17,6 +17,7 @@ class ORTTarget(ONNXTarget):
     """ONNX Runtime, CPU execution provider, with ``threads`` intra-op threads that do not spin."""
 
     name = "onnxruntime"
+    dynamic = True
 
     @property
     def rules(self) -> Rules:
