@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shohin.evidence.hessian import damped
-from shohin.formats import Scheme
+from shohin.formats import Quantizer, Scheme
 from shohin.quantization.grids import fitted_grid
-from shohin.quantization.rounding import descended, error_of, gptq, hqq, rescaled
+from shohin.quantization.rounding import adaround, descended, error_of, gptq, hqq, rescaled
+from shohin.quantization.scaling import searched
 
 SCHEMES = [
     "weights int4 group 8",
@@ -148,6 +149,59 @@ def test_second_order_rounding_beats_the_nearest_by_far_on_correlated_inputs() -
             q = rescaled(weight, hessian, q, codes)
         last += float(error_of(weight, hessian, q, codes).sum())
     assert last < 0.9 * first < 0.7 * nearest
+
+
+@given(st.integers(0, 10_000), st.sampled_from(SCHEMES), st.sampled_from([1, 2, 3]))
+@settings(max_examples=15, deadline=None)
+def test_adaround_chooses_a_neighbour_and_is_never_worse_than_the_nearest(seed: int, text: str, groups: int) -> None:
+    weight, hessian = layer(seed, groups=groups)
+    q = fitted_grid(weight, Scheme.parse(text))
+    h = damped(hessian, 1e-2)
+    codes, nearest = adaround(weight, hessian, q, steps=60), q.codes(weight)
+    assert int((codes - nearest).abs().max()) <= 1 and int(codes.min()) >= q.format.low and int(codes.max()) <= q.format.high
+    assert bool((error_of(weight, h, q, codes) <= error_of(weight, h, q, nearest) * (1 + 1e-3) + 1e-9).all())
+
+
+def test_adaround_comes_near_the_best_of_all_choices() -> None:
+    """Against every combination of up and down, where inputs are strongly correlated."""
+    found = best = nearest = 0.0
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn(1, 10, generator=generator)
+        few, mix, own = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((400, 3), (3, 10), (400, 10)))
+        rows = few @ mix + 0.1 * own
+        hessian = (rows.T @ rows / 400)[None]
+        q, h = fitted_grid(weight, Scheme.parse("weights int3 channel")), damped(hessian, 1e-2)
+        below = torch.floor(weight / q.steps(weight)).to(torch.int64)
+        choices = [(below + torch.tensor([[i >> k & 1 for k in range(10)]])).clamp(q.format.low, q.format.high) for i in range(1024)]
+        best += min(float(error_of(weight, h, q, c)) for c in choices)
+        found += float(error_of(weight, h, q, adaround(weight, hessian, q)))
+        nearest += float(error_of(weight, h, q, q.codes(weight)))
+    assert best <= found < best + 0.35 * (nearest - best)
+
+
+def test_scales_along_the_inputs_are_found_where_activations_are_uneven() -> None:
+    weight, hessian = layer(0, 32, 64)
+    strong = torch.ones(64, dtype=torch.float64)
+    strong[::9] = 30.0
+    uneven = hessian[0] * strong * strong[:, None]
+
+    def nearest(w: Tensor, h: Tensor) -> tuple[Quantizer, Tensor]:
+        q = fitted_grid(w, Scheme.parse("weights int4 group 16"), h[0].diagonal().expand_as(w))
+        return q, q.codes(w)
+
+    factors = searched([weight[:16], weight[16:]], uneven, nearest)
+    assert factors is not None and factors.shape == (64,) and float(factors.log().mean()) == pytest.approx(0, abs=1e-6)
+    assert float(factors[::9].mean()) > 1.5 * float(factors.mean())
+
+    def error(s: Tensor) -> float:
+        q, codes = nearest(weight * s, (uneven / (s * s[:, None]))[None])
+        d = (q.decoded(codes) / s - weight).double()
+        return float(((d @ uneven) * d).sum())
+
+    assert error(factors) < 0.95 * error(torch.ones(64, dtype=torch.float64))
+    assert searched([weight], torch.eye(64, dtype=torch.float64), nearest) is None
+    assert searched([weight], torch.zeros(64, 64, dtype=torch.float64), nearest) is None
 
 
 @pytest.mark.parametrize("seed", range(3))

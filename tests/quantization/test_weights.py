@@ -68,6 +68,23 @@ def test_more_work_leaves_less_error(name: str) -> None:
     assert sums["descent"] < 1.05 * sums["gptq"] and sums["gptq"] < sums["nearest"]
 
 
+def test_divided_inputs_make_layers_more_exact() -> None:
+    sums = {True: 0.0, False: 0.0}
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 96)).eval()
+        with torch.no_grad():
+            model[0].weight.copy_(torch.rand(64) ** 3 * 5 + 0.02)
+        calls = list(Data(train=[torch.randn(64, 64) for _ in range(8)]).calls("train"))
+        program = capture(model, calls[0])
+        schemes = {"1/linear.0": Scheme.parse("weights uint4 group 16")}
+        for scaled in sums:
+            found = quantize_weights(program, calls, schemes, scaled=schemes if scaled else ())
+            assert (found.weights["1.weight"].columns is not None) == scaled
+            sums[scaled] += error(model, found.view(), calls)
+    assert sums[True] < 0.97 * sums[False]
+
+
 def test_later_layers_correct_what_earlier_ones_left() -> None:
     model, data, calls = net("Transformer")
     program = capture(model, data.example())

@@ -58,7 +58,7 @@ def test_the_kernel_computes_what_the_view_does(bits: int, kind: str, group: int
     assert held == codes + 4 * scales + zeros
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "hqq", "gptq", "descent"])
+@pytest.mark.parametrize("rounding", ["nearest", "hqq", "gptq", "adaround", "descent"])
 def test_a_transformer_keeps_its_answers(rounding: str, tmp_path: Path) -> None:
     model, data = randomize(Transformer(), 0), data_of((6, 32), 8)
     found = shohin.quantize(model, data, "weights uint4 group 16", rounding=rounding)
@@ -67,6 +67,44 @@ def test_a_transformer_keeps_its_answers(rounding: str, tmp_path: Path) -> None:
     x = data.example().args[0]
     wanted = model(x)
     assert float((get_target("onnxruntime").runner(made.artifact)(x) - wanted).norm() / wanted.norm()) < 0.2
+
+
+class Uneven(nn.Module):
+    """Two layers and a third in integers read one activation, of which some channels are far larger."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.a, self.b, self.c, self.last = nn.LayerNorm(64), *(nn.Linear(64, 32) for _ in range(3)), nn.Linear(32, 4)
+        with torch.no_grad():
+            self.norm.weight.copy_(torch.rand(64) ** 3 * 5 + 0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        out: Tensor = self.last(torch.tanh(self.a(h) * self.b(h)) + self.c(h))
+        return out
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("third", ["weights uint4 group 16", "int8", "weights uint2 group 32"])
+def test_inputs_are_divided_once_and_weights_take_the_factor(third: str, target: str, tmp_path: Path) -> None:
+    if target == "openvino":
+        pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    model, data = Uneven().eval(), data_of((6, 64), 16)
+    forms = {"*": "weights uint4 group 16", "c*": third}
+    found, plain = (shohin.quantize(model, data, forms, target, smoothing=smoothing) for smoothing in (True, False))
+    assert {"a.weight", "b.weight"} <= set(found.notes["scaled"]) and not plain.notes["scaled"]
+    grids = [found.evidence[name] for name in ("a.weight", "b.weight")]
+    assert grids[0].columns is not None and grids[1].columns is not None and torch.equal(grids[0].columns, grids[1].columns)
+    x = torch.cat(list(data.train))  # type: ignore[arg-type]
+    assert found.view is not None
+    made = shohin.export(found, data, target, tmp_path / "m.onnx")
+    assert made.notes["parity"]["departs"] == [] and made.artifact is not None
+    graph = onnx.load(str(made.artifact)).graph
+    inputs = {node.name: node.input[0] for node in graph.node if node.op_type == "MatMulNBits"}
+    assert inputs["a.weight"] == inputs["b.weight"] and ".scaled" in inputs["a.weight"]
+    assert (inputs.get("c.weight") == inputs["a.weight"]) == (third == "weights uint4 group 16")
+    torch.testing.assert_close(get_target(target).runner(made.artifact)(x), found.view(x), rtol=2e-2, atol=2e-2)
 
 
 def test_convolutions_stay_float_and_are_named_or_become_int8(tmp_path: Path) -> None:

@@ -207,3 +207,15 @@ def test_what_cannot_be_loaded_or_given_is_said(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match=r"cannot run on inputs of shapes .*\[2, 5, 32\]"):
         target.runner(tmp_path / "m.onnx")(torch.randn(2, 5, 32))
     assert np.isfinite(target.runner(tmp_path / "m.onnx")(x).numpy()).all()
+
+
+def test_grids_are_fused_into_what_comes_before_them(tmp_path: Path) -> None:
+    """On sequences, too: a reshape between a linear layer's activation and its grid would keep the two apart."""
+    generator = torch.Generator().manual_seed(0)
+    data = shohin.Data(train=[torch.randn(8, 6, 32, generator=generator) for _ in range(4)])
+    found = shohin.quantize(randomize(Transformer(), 0), data, "int8", "openvino")
+    made = shohin.export(found, data, "openvino", tmp_path / "m.onnx")
+    assert made.notes["parity"]["departs"] == []
+    rows = get_target("openvino").inspect(tmp_path / "m.onnx")
+    assert sum(row.op == "FullyConnected" and row.integer for row in rows) == len(found.plan.formats)
+    assert [row.name for row in rows if row.op == "FakeQuantize"] == []

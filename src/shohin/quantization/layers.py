@@ -36,7 +36,9 @@ def quantize_layers(
         formats: layer address -> "int8" or "wXaY" (weights and activations), either with " dynamic" (linear layers), a weight scheme, or a floating-point or block format, in
             simulation; address of an embedding -> the scheme of its table. What is absent stays float.
         rounding: of the weight schemes, and of the weights of integer layers with less than 7 bits; see `quantize_weights`.
-        ranges, smoothing, least_scale: of the integer layers; see `quantize_program`.
+        ranges, least_scale: of the integer layers; see `quantize_program`.
+        smoothing: of what integer layers read, see there; and let linear layers with weight schemes divide their inputs, see
+            `quantize_weights`.
         plainly: round weight schemes to the nearest and correct no biases: quick, for what is only measured or compared.
 
     Raises:
@@ -77,7 +79,8 @@ def _layers(
     few = _few_bits(program, integer) if shown and rounding != "nearest" else {}
     found = _unchanged(program)
     if schemes or few:
-        found = quantize_weights(program, shown, {**schemes, **few}, rounding=rounding, seed=seed)
+        scaled = schemes.keys() if smoothing else ()
+        found = quantize_weights(program, shown, {**schemes, **few}, rounding=rounding, scaled=scaled, seed=seed)
     known = {address: weight.name for address, weight in weights_by_address(found.program).items()}
     snapped = {address: found.weights[known[address]] for address in few}
     static = {address: bits for address, bits in integer.items() if not bits.dynamic}

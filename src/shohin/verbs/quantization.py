@@ -65,9 +65,10 @@ def quantize(
             methods; the last pattern that matches decides, "mse" where none does, and a pattern that matches nothing is an error.
         smoothing: divide activations of integer layers that floating operations make (normalization, GELU, attention) by a factor for each
             channel, which the weights of the linear layers that read them take (SmoothQuant, Xiao et al. 2023; how far is chosen for each
-            by the error of those layers). Only where it helps, and where ``ranges`` says "mse".
+            by the error of those layers). Only where it helps, and where ``ranges`` says "mse". The same for linear layers with weight
+            schemes, there to round finely what large activations multiply (AWQ, Lin et al. 2023), with "gptq", "adaround" and "descent".
         rounding: of weights beside float activations, and of those with less than 7 bits beside integers: "nearest" and "hqq" (neither
-            needs data), "gptq", "descent" (GPTQ, then scales and codes in turn), or "auto": "descent" where ``data`` has batches, else
+            needs data), "gptq", "adaround", "descent" (GPTQ, then scales and codes in turn), or "auto": "descent" where ``data`` has batches, else
             "nearest". What is trained begins with the weights as they are.
         samples: of the calibration batches.
         sensitivity: of layers, for a budget: "fisher" (how far each one's rounding moves the answers, to first order), "output" (its
@@ -155,7 +156,7 @@ def quantize(
         notes["ranges"] = ranges if isinstance(ranges, str) else dict(ranges)
         notes["smoothed"] = [a for a, q in quantized.by_address().items() if q.axis == -1]
     if any(map(is_scheme, chosen.values())):
-        notes["rounding"] = rounding
+        notes |= {"rounding": rounding, "scaled": [name for name, q in quantized.weights.items() if q.group and q.columns is not None]}
     if left or "rounding" in notes:
         notes["float"] = left
     plan = Plan(program.fingerprint, formats=chosen)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from shohin.evidence.hessian import damped, factored
 from shohin.formats import Quantizer
+from shohin.quantization.rounding.groups import grouped, spread
 
 #: columns whose errors are moved to the others in one product
 BLOCK = 64
@@ -30,8 +31,8 @@ def gptq(weight: Tensor, hessian: Tensor, quantizer: Quantizer, *, damp: float =
         damp: share of the mean diagonal.
         in_order: True rounds columns as they come, False the most important first ("act order").
     """
-    w = _grouped(weight, hessian)
-    scale, zero = _spread(weight, quantizer, hessian)
+    w = grouped(weight, hessian)
+    scale, zero = spread(weight, quantizer, hessian)
     order = hessian.diagonal(dim1=-2, dim2=-1).mean(0).argsort(descending=True, stable=True)
     if in_order:
         order = torch.arange(w.shape[-1])
@@ -57,9 +58,9 @@ def gptq(weight: Tensor, hessian: Tensor, quantizer: Quantizer, *, damp: float =
 def descended(weight: Tensor, hessian: Tensor, quantizer: Quantizer, codes: Tensor, *, damp: float = 1e-2, sweeps: int = 2) -> Tensor:
     """Codes with an error that is not above that of ``codes``: each column in turn is rounded to what is best beside all others."""
     h = damped(hessian.to("cpu", torch.float64), damp)
-    w = _grouped(weight, hessian)
-    scale, zero = _spread(weight, quantizer, hessian)
-    c = _grouped(codes, hessian)
+    w = grouped(weight, hessian)
+    scale, zero = spread(weight, quantizer, hessian)
+    c = grouped(codes, hessian)
     diagonal = h.diagonal(dim1=-2, dim2=-1)
     pull = (w - (c - zero) * scale) @ h  # minus half the gradient of the error
     for _ in range(sweeps):
@@ -82,11 +83,11 @@ def rescaled(weight: Tensor, hessian: Tensor, quantizer: Quantizer, codes: Tenso
     if quantizer.axis is None:
         return quantizer
     h = damped(hessian.to("cpu", torch.float64), damp)
-    w = _grouped(weight, hessian)
+    w = grouped(weight, hessian)
     outputs, features = len(weight), w.shape[-1]
     size = quantizer.group or features
-    _, zero = _spread(weight, quantizer, hessian)
-    c = _grouped(codes, hessian) - zero
+    _, zero = spread(weight, quantizer, hessian)
+    c = grouped(codes, hessian) - zero
     fill = -features % size
     groups = (features + fill) // size
     # column g of each output's design: its codes of group g, zero elsewhere; H times it, by groups, so that no [O, F, groups] is made
@@ -108,7 +109,7 @@ def rescaled(weight: Tensor, hessian: Tensor, quantizer: Quantizer, codes: Tenso
 
 def error_of(weight: Tensor, hessian: Tensor, quantizer: Quantizer, codes: Tensor) -> Tensor:
     """``tr(D H D^T)`` of each output, ``[O]``: mean squared change of the layer's outputs."""
-    d = _grouped(weight, hessian) - _grouped(quantizer.decoded(codes), hessian)
+    d = grouped(weight, hessian) - grouped(quantizer.decoded(codes), hessian)
     return ((d @ hessian.to("cpu", torch.float64)) * d).sum(-1).flatten()
 
 
@@ -121,15 +122,3 @@ def _better(weight: Tensor, hessian: Tensor, new: Quantizer, old: Quantizer, cod
 
 def _rounded(x: Tensor, zero: Tensor, quantizer: Quantizer) -> Tensor:
     return torch.clamp(torch.round(x) + zero, quantizer.format.low, quantizer.format.high)
-
-
-def _grouped(values: Tensor, hessian: Tensor) -> Tensor:
-    """``[O, I, *kernel]`` as float64 ``[G, O / G, F]``; a copy."""
-    return torch.unflatten(values.detach().to("cpu", torch.float64).flatten(1), 0, (len(hessian), -1)).clone()
-
-
-def _spread(weight: Tensor, quantizer: Quantizer, hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of every weight, ``[G, O / G, F]``."""
-    like = torch.empty(weight.shape, dtype=torch.float64)
-    scale, zero = (quantizer.spread(v, like).expand(weight.shape) for v in (quantizer.scale.float(), quantizer.zero_point))
-    return _grouped(scale, hessian), _grouped(zero, hessian)

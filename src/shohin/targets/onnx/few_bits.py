@@ -45,7 +45,7 @@ def insert(model: onnx.ModelProto, weights: Mapping[str, Quantizer], layers: Seq
     Raises:
         TargetError: for a weight that is read otherwise too, or an operation that is no plain product.
     """
-    from onnx import helper
+    from onnx import helper, numpy_helper
 
     if not weights:
         return
@@ -54,12 +54,23 @@ def insert(model: onnx.ModelProto, weights: Mapping[str, Quantizer], layers: Seq
     for name in weights.keys() - {layer.weight for layer in mine}:
         raise TargetError(f"no linear layer of the graph contracts with the parameter {name!r}")
     held: dict[str, list[str]] = {}
+    even: dict[tuple[str, bytes], str] = {}
     for layer in mine:
         if len(edges.reads(layer.initializer)) != sum(other.initializer == layer.initializer for other in mine):
             raise TargetError(f"{layer.weight!r} is also read by an operation that is no linear layer: leave it float")
         plain_product(layer, "weights of few bits")
         if layer.initializer not in held:
             held[layer.initializer] = _initializers(model, edges, layer, weights[layer.weight])
+        columns = weights[layer.weight].columns
+        if columns is not None:
+            factors = columns.float().numpy()
+            key = (layer.input, factors.tobytes())
+            if key not in even:
+                even[key] = f"{layer.input}.scaled{len(even)}"
+                model.graph.initializer.append(numpy_helper.from_array(factors, f"{even[key]}_factors"))
+                divided = helper.make_node("Mul", [layer.input, f"{even[key]}_factors"], [even[key]], name=even[key])
+                model.graph.node.insert(list(model.graph.node).index(layer.node), divided)
+            layer.node.input[0] = even[key]
         if layer.adder is not None:
             layer.adder.name = f"{layer.node.name}.bias"  # a runtime that fuses the two goes by this name
         _replaced(model, layer, held[layer.initializer], weights[layer.weight], _shape(edges, layer))

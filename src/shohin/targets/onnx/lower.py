@@ -38,10 +38,12 @@ class Rules:
         conform: (model, grids by tensor as asked, the layers whose weights are quantized) -> grids that the runtime can use, for every
             tensor that needs one, and name -> reason for each that is not the one asked for.
         remarks: (model, grids, layers, names of quantized weights) -> layers that will not run as asked, as far as the graph alone tells.
+        flat: whether integer linear layers on sequences must be products of two matrices.
     """
 
     conform: Callable[[onnx.ModelProto, Mapping[str, Quantizer], Iterable[Layer]], tuple[dict[str, Quantizer], dict[str, str]]]
     remarks: Callable[[onnx.ModelProto, Mapping[str, Quantizer], Iterable[Layer], Iterable[str]], list[str]]
+    flat: bool
 
 
 def lower(
@@ -117,7 +119,8 @@ def write(
     chosen = {name: q for name, q in given.items() if q.group is None}
     grouped = {name: q for name, q in given.items() if q.group is not None}
     outputs = {layer.weight: layer.output for layer in found}
-    flatten_linears(model, [layer for layer in found if layer.weight in chosen])
+    if rules.flat:
+        flatten_linears(model, [layer for layer in layers(model, transposed) if layer.weight in chosen])
     found = layers(model, transposed)
     for index, layer in enumerate(found):  # optimizations keep node names: so a layer is found again in the optimized graph
         again = sum(other.weight == layer.weight for other in found[:index])

@@ -132,4 +132,4 @@ def remarks(model: onnx.ModelProto, activations: Mapping[str, Quantizer], layers
     return out
 
 
-RULES = Rules(conform, remarks)
+RULES = Rules(conform, remarks, flat=True)
