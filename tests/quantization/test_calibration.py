@@ -18,7 +18,7 @@ from shohin.errors import DataError, PlanError
 from shohin.evidence.calibration import METHODS, Ranges
 from shohin.formats import Quantizer
 from shohin.program import Program, ProgramModule, capture
-from shohin.quantization import Quantized, quantizable, quantize_program
+from shohin.quantization import Quantized, observation, quantizable, quantize_program
 
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "2d norm": (lambda: nets.Residual2d(norm=True), (3, 12, 12)),
@@ -160,3 +160,24 @@ def test_the_verb_takes_methods_and_patterns() -> None:
         shohin.quantize(module, data, ranges="kl")
     with pytest.raises(PlanError, match=r"the pattern 'head/\*' matches none"):  # a linear layer's output stays float
         shohin.quantize(module, data, ranges={"head/*": "minmax"})
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", NETS)
+def test_nothing_depends_on_how_many_samples_go_through_at_once(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = case(name)[1]
+    generator = torch.Generator().manual_seed(0)
+    data = Data([torch.randn(size, *NETS[name][1], generator=generator) for size in (7, 7, 5)])
+    calls, found = list(data.calls("train")), []
+    monkeypatch.setattr(observation, "NUMBERS", 0)
+    monkeypatch.setattr(observation, "LEAST", 9)  # means are of nine samples, of two batches
+    for cached in (1, 2**40):
+        monkeypatch.setattr(observation, "CACHED", cached)
+        found.append(quantize_program(program, set(quantizable(program)), calls, ranges=method, smoothing=False))
+    alone, together = found
+    for node, q in alone.activations.items():
+        assert torch.allclose(q.scale, together.activations[node].scale, rtol=1e-2)  # sums in another order
+        assert int((q.zero_point - together.activations[node].zero_point).abs()) <= 1
+    for tensor, value in alone.program.tensors.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, together.program.tensors[tensor], rtol=2e-3, atol=2e-2)

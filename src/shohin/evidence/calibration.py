@@ -86,6 +86,9 @@ def _average(name: str) -> Observer:
     return Extremes(0.9, name)
 
 
+#: most values of a batch that a histogram takes
+OBSERVED = 2**17
+
 METHODS: Mapping[str, Method] = {
     "mse": Method(_watch, mse),
     "percentile": Method(_watch, percentile),
@@ -140,8 +143,8 @@ def site_methods(ranges: Ranges, addresses: Sequence[str], shared: Mapping[str, 
     return chosen
 
 
-def observe(observer: Observer, value: Tensor, most: int = 1 << 17) -> None:
-    """Shows a batch's values to an observer: to a histogram the extremes and evenly spaced values of a large tensor, else all.
+def observe(observer: Observer, value: Tensor, most: int = OBSERVED) -> None:
+    """Shows a batch's values to an observer: to a histogram the extremes and ``most`` evenly spaced values of a large tensor, else all.
 
     Raises:
         DataError: if a value is NaN or Inf.

@@ -47,14 +47,15 @@ class Histogram:
             return
         low, high = _extremes(x, self.name)
         self.low, self.high = min(self.low, low), max(self.high, high)
-        values = x[x != 0].to("cpu", torch.float64)
+        values = x[x != 0].cpu()
         self.zeros += x.numel() - values.numel()
         if not values.numel():
             return
         self._cover()
-        index = (values / self.width).floor().to(torch.int64) - self.first
+        exact = values if values.dtype == torch.float32 and 2.0**-100 < self.width < 2.0**100 else values.double()  # powers of two
+        index = (exact / self.width).floor().to(torch.int64) - self.first
         self.counts += torch.bincount(index, minlength=self.bins)
-        self.sums += torch.bincount(index, weights=values, minlength=self.bins)
+        self.sums += torch.bincount(index, weights=values.double(), minlength=self.bins)
 
     def _cover(self) -> None:
         """Takes the least power of two at which the bins cover zero and all values seen, and moves the counts to those bins."""

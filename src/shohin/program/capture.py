@@ -29,6 +29,7 @@ from shohin.program.inputs import (
     call_of,
     describe_call,
     dynamic_shapes,
+    first_two,
     in_order,
     name_keywords,
     open_dataclasses,
@@ -70,18 +71,24 @@ def capture(model: nn.Module, example: Any, *, training: bool = False, evaluatio
 
 def _that_runs(model: nn.Module, given: Any, training: bool) -> tuple[Any, list[str]]:
     """The example with a batch of at least 2, or as it is if the model runs with nothing else; and what to say about it."""
-    args, kwargs = given
     if batch_of(given) is None:
         raise ModelError(
-            f"the model does not run on the example ({describe_call(args, kwargs) or 'nothing'}): it holds no tensor with a batch dimension"
+            f"the model does not run on the example ({describe_call(*given) or 'nothing'}): it holds no tensor with a batch dimension"
         )
     repeated = at_least_two(given)
+    try:
+        args, kwargs = first_two(repeated)
+        _run(model, args, kwargs, training)
+    except ModelError:
+        pass  # a batch that the model fixes, or a model that does not run
+    else:
+        return repeated, []
     try:
         _run(model, repeated[0], repeated[1], training)
     except ModelError as error:
         if repeated is given:
             raise
-        _run(model, args, kwargs, training)
+        _run(model, given[0], given[1], training)
         return given, [f"the batch is fixed to 1: {error}"]
     return repeated, []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -229,5 +230,7 @@ def joined_inputs(program: Program, calls: Sequence[Call], limit: int) -> tuple[
     if program.fixed:
         warnings.warn(f"{next(iter(program.fixed.values()))}: only the first batch is looked at", stacklevel=3)
         return call_inputs(program, calls[0])
-    columns = list(zip(*[call_inputs(program, c) for c in calls], strict=True))
+    before = itertools.accumulate((c.size for c in calls), initial=0)
+    needed = [c for c, seen in zip(calls, before, strict=False) if seen < limit]
+    columns = list(zip(*[call_inputs(program, c) for c in needed], strict=True))
     return tuple(torch.cat(list(column))[:limit] if isinstance(column[0], Tensor) and column[0].dim() else column[0] for column in columns)

@@ -49,6 +49,19 @@ def at_least_two(values: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda x: x.repeat(2, *[1] * (x.dim() - 1)) if x.dim() and x.shape[0] == 1 else x, values)
 
 
+def first_two(values: Any) -> Any:
+    """The values with the first two samples of a larger batch."""
+    size = batch_of(values)
+    return pytree.tree_map_only(Tensor, lambda x: x[:2] if x.dim() and len(x) == size else x, values)
+
+
+def samples(inputs: tuple[Any, ...], size: int, start: int, stop: int) -> tuple[Any, ...]:
+    """Some samples of a batch of ``size``: tensors with as many rows are cut, all else is of every sample."""
+    if start <= 0 and stop >= size:
+        return inputs
+    return tuple(x[start:stop] if isinstance(x, Tensor) and x.dim() and len(x) == size else x for x in inputs)
+
+
 def dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Dynamic first dimensions by parameter name, as torch.export wants them."""
     shapes = pytree.tree_map(lambda x: {0: torch.export.Dim.AUTO} if isinstance(x, Tensor) and x.dim() else None, (args, kwargs))

@@ -6,17 +6,16 @@ mean shift that its snapped weights and already snapped inputs cause.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from shohin.data import Call
 from shohin.evidence.layer_rows import channel_axis
 from shohin.formats import Quantizer
-from shohin.program import Program, interpret, joined_inputs
+from shohin.program import Program, interpret
 from shohin.quantization.observation import channel_sums, channels_last
 from shohin.quantization.sites import Sites, base
 
@@ -28,14 +27,13 @@ def corrected(
     program: Program,
     sites: Sites,
     activations: Mapping[str, Quantizer],
-    calls: Sequence[Call],
+    samples: tuple[Any, ...],
     means: Mapping[str, tuple[Tensor, int]],
     masks: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Tensors with corrected biases. All these calls go through each layer before the next is corrected; the means are theirs, too."""
+    """Tensors with corrected biases. All these samples go through each layer before the next is corrected; the means are theirs, too."""
     tensors = dict(program.tensors)
     running = channels_last(program)
-    joined = joined_inputs(program, calls, sum(call.size for call in calls))
     grids: dict[str, Callable[[Tensor], Tensor]] = {name: partial(_snapped, q) for name, q in activations.items()}
     codes: dict[str, Tensor] = {}
 
@@ -69,7 +67,7 @@ def corrected(
         return kept(node.name, value)
 
     with torch.no_grad():
-        inputs = [kept(name, x) for name, x in zip(program.inputs, joined, strict=True)]
+        inputs = [kept(name, x) for name, x in zip(program.inputs, samples, strict=True)]
         interpret(program, program.graph, running, tuple(inputs), visit, feed)
     return tensors
 

@@ -19,6 +19,7 @@ from shohin.evidence.layer_rows import channel_axis
 from shohin.formats import Quantizer
 from shohin.program import Program, call_inputs, family, fold, interpret
 from shohin.program.fold import CONVOLUTIONS
+from shohin.program.inputs import samples
 from shohin.quantization.quantized import Quantized
 from shohin.quantization.sites import FUSED, IDENTITY, JOINS, MOVES, PADS, POOLS, base, held_by, table_of
 
@@ -92,8 +93,7 @@ def damages(program: Program, quantized: Quantized, calls: Sequence[Call], seed:
             break
         inputs, room = call_inputs(plain, call), call.size if plain.fixed else min(call.size, SAMPLES - seen)
         seen += room
-        if room < call.size:  # the errors of every layer are held at once: a large batch is not taken whole
-            inputs = tuple(x[:room] if isinstance(x, Tensor) and x.dim() and len(x) == call.size else x for x in inputs)
+        inputs = samples(inputs, call.size, 0, room)  # the errors of every layer are held at once: a large batch is not taken whole
         _one(plain, tensors, quantized, nodes, inputs, totals, generator)
     found = {}
     for node in nodes:

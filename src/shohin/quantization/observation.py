@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, fx
 
 from shohin.data import Call
-from shohin.evidence.calibration import Method, Observer, Ranges, observe, site_methods
+from shohin.evidence.calibration import OBSERVED, Method, Observer, Ranges, observe, site_methods
+from shohin.evidence.histogram import Extremes
 from shohin.evidence.layer_rows import channel_axis
 from shohin.evidence.reach import reached
 from shohin.program import Program, call_inputs, family, interpret, joined_inputs
+from shohin.program.inputs import samples
 from shohin.program.program import shape_of
 from shohin.quantization.quantized import address_of
 from shohin.quantization.sites import Sites, integer_layers
@@ -21,7 +23,10 @@ from shohin.quantization.smoothing import Channels, even_rows
 
 #: most samples whose means biases are corrected by, since they go through each layer at once; fewer where an activation is large, so that
 #: none has more numbers than this, but never fewer than these
-CORRECTED, NUMBERS, LEAST = 256, 2**24, 16
+CORRECTED, NUMBERS, LEAST = 256, 2**23, 8
+#: most numbers of an activation that is only looked at, unless a single sample has more: what a processor's cache holds, since a network
+#: is mostly waiting for memory otherwise (EfficientNet-Lite0: 16 ms for an image, 26 in batches of 16)
+CACHED = 5 * 2**20
 
 
 def range_methods(program: Program, sites: Sites, ranges: Ranges) -> dict[str, Method]:
@@ -32,10 +37,10 @@ def range_methods(program: Program, sites: Sites, ranges: Ranges) -> dict[str, M
     return {name: chosen[addresses[name]] for name in sites.own}
 
 
-def row_masks(program: Program, sites: Sites, calls: Sequence[Call]) -> dict[str, Tensor]:
-    """Linear layer on sequences -> which rows of these calls count, where padding that a mask hides does not."""
+def row_masks(program: Program, sites: Sites, inputs: tuple[Any, ...]) -> dict[str, Tensor]:
+    """Linear layer on sequences -> which rows of these samples count, where padding that a mask hides does not."""
     layers = {n.name: n.meta["val"].dim() - 1 for n in integer_layers(program, sites) if family(n) == "linear" and n.meta["val"].dim() > 2}
-    found = reached(program, joined_inputs(program, calls, sum(call.size for call in calls)), layers)
+    found = reached(program, inputs, layers)
     return {name: rows for name, rows in found.items() if bool(rows.any()) and not bool(rows.all())}
 
 
@@ -48,15 +53,15 @@ def observed(
     masks: Mapping[str, Tensor],
     channels: Mapping[str, Channels],
 ) -> tuple[dict[str, Observer], dict[str, tuple[Tensor, int]]]:
-    """What watched the sites that have their own grid, and channel sums of every integer layer's output over the first ``counted`` calls.
+    """What watched the sites that have their own grid, and channel sums of every integer layer's output over the first ``counted`` samples.
 
     Args:
-        masks: of these calls, see `row_masks`.
+        masks: of these samples, see `row_masks`.
         channels: shown the activations of all calls; where there are masks, of these alone.
     """
     observers = {name: method.observer(address_of(program, name)) for name, method in methods.items()}
     means: dict[str, tuple[Tensor, int]] = {}
-    sums = True
+    sums, shown = True, OBSERVED
     done = dict.fromkeys(masks, 0)
 
     def of_call(name: str, value: Tensor) -> Tensor | None:
@@ -66,7 +71,7 @@ def observed(
 
     def visit(node: fx.Node, value: Any, args: tuple[Any, ...]) -> Any:
         if node.name in observers:
-            observe(observers[node.name], value)
+            observe(observers[node.name], value, shown)
         origin = program.origins[node.name]
         if node.name in channels and (sums or not masks.keys() & sites.readers[node.name]):
             used = [mask for reader in sites.readers[node.name] if (mask := of_call(reader, value)) is not None]
@@ -79,32 +84,46 @@ def observed(
             means[node.name] = (total, count) if before is None else (before[0] + total, before[1] + count)
         return value
 
-    tensors = channels_last(program)
+    whole = program.fixed or any(isinstance(o, Extremes) and o.momentum is not None for o in observers.values())
+    most, tensors = max(CACHED // largest_activation(program), 1), channels_last(program)
+    seen = 0
     with torch.no_grad():
-        for number, call in enumerate(calls):
-            sums = number < counted
-            inputs = call_inputs(program, call)
-            for name, x in zip(program.inputs, inputs, strict=True):
-                if name in observers:
-                    observe(observers[name], x)
-                if name in channels:
-                    channels[name].update(even_rows(x, None))
-            interpret(program, program.graph, tensors, inputs, visit)
+        for call in calls:
+            start = 0
+            while start < call.size:
+                stop = call.size if whole else min(start + most, call.size)
+                sums = seen < counted
+                if sums and not whole:
+                    stop = min(stop, start + counted - seen)
+                shown = max(OBSERVED * (stop - start) // call.size, 1)
+                inputs = tuple(map(_rows_last, samples(call_inputs(program, call), call.size, start, stop)))
+                seen, start = seen + stop - start, stop
+                for name, x in zip(program.inputs, inputs, strict=True):
+                    if name in observers:
+                        observe(observers[name], x, shown)
+                    if name in channels:
+                        channels[name].update(even_rows(x, None))
+                interpret(program, program.graph, tensors, inputs, visit)
     return observers, means
 
 
-def leading_calls(program: Program, calls: Sequence[Call]) -> list[Call]:
-    """The first calls whose samples go through each layer at once, at least one."""
+def _rows_last(x: Any) -> Any:
+    """Images in the layout of `channels_last`."""
+    return x.contiguous(memory_format=torch.channels_last) if isinstance(x, Tensor) and x.dim() == 4 else x
+
+
+def largest_activation(program: Program) -> int:
+    """Numbers for one sample of the largest tensor that an operation makes."""
     tensors = [n for n in program.graph.nodes if n.op == "call_function" and isinstance(n.meta.get("val"), Tensor)]
-    largest = max((math.prod(shape_of(node)) // program.batch for node in tensors), default=1)
-    most = min(CORRECTED, max(NUMBERS // max(largest, 1), LEAST))
-    found, seen = [calls[0]], calls[0].size
-    for call in calls[1:] if not program.fixed else ():
-        seen += call.size
-        if seen > most:
-            break
-        found.append(call)
-    return found
+    return max(1, max((math.prod(shape_of(node)) // program.batch for node in tensors), default=1))
+
+
+def leading(program: Program, calls: Sequence[Call]) -> tuple[tuple[Any, ...], int]:
+    """The first samples, which go through each layer at once, and how many these are; all of the first call where the model fixes its size."""
+    most = min(CORRECTED, max(NUMBERS // largest_activation(program), LEAST))
+    if program.fixed:
+        return call_inputs(program, calls[0]), calls[0].size
+    return joined_inputs(program, calls, most), min(most, sum(call.size for call in calls))
 
 
 def channel_sums(value: Tensor, node: fx.Node, mask: Tensor | None) -> tuple[Tensor, int]:
