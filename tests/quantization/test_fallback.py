@@ -16,6 +16,7 @@ from shohin.errors import BudgetError, DataError
 from shohin.formats import is_scheme
 from shohin.program import ProgramModule, capture
 from shohin.quantization import quantizable, quantize_layers
+from shohin.quantization.causes import beyond_ranges, unlike_training
 from shohin.quantization.damage import SAMPLES, Damage, damages
 
 
@@ -131,3 +132,48 @@ def test_a_bound_that_cannot_be_judged_is_refused() -> None:
         shohin.quantize(model, shohin.Data(train=[x for x, _ in data.train or ()]), "int8", drop="1 %")
     with pytest.raises(BudgetError):
         shohin.quantize(model, data, "int8", drop="a little")
+
+
+class Normalized(nn.Module):
+    """Convolutions with batch normalization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.an = nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16)
+        self.b, self.bn = nn.Conv2d(16, 16, 3, bias=False), nn.BatchNorm2d(16)
+        self.head = nn.Linear(16, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.b(F.relu(self.an(self.a(x))))))
+        return self.head(x.mean((2, 3)))
+
+
+def test_calibration_data_that_are_not_right_are_told() -> None:
+    torch.manual_seed(0)
+    model = Normalized()
+    x = torch.randn(128, 3, 10, 10)
+    for _ in range(60):
+        model(x)
+    model.eval()
+    program = capture(model, x[:4])
+    like, unlike, few = (list(shohin.Data(train=[batch]).calls("train")) for batch in (x[:64], x[:64] * 3 + 4, x[:64] * 0.1))
+    assert unlike_training(program, like) == {}
+    told = unlike_training(program, unlike)
+    assert "a/conv2d.0" in told and "not like those that its batch normalization has seen" in told["a/conv2d.0"]
+    layers = dict.fromkeys(quantizable(program), "int8")
+    of_few, of_all = (quantize_layers(program, calls, layers) for calls in (few, like))
+    assert beyond_ranges(program, of_all, like, list(shohin.Data(train=[x[64:]]).calls("train"))) == {}
+    told = beyond_ranges(program, of_few, few, like)
+    assert "a/conv2d.0" in told and told["a/conv2d.0"].startswith("too little calibration data: ")
+    assert beyond_ranges(program, of_few, few, []) == {}
+
+
+def test_a_layer_that_returns_says_that_calibration_saw_too_little() -> None:
+    torch.manual_seed(0)
+    model, x = Normalized().eval(), torch.randn(128, 3, 10, 10)
+    with torch.no_grad():
+        labels = model(x).argmax(1)
+    small, full = ([(x[i : i + 32] * scale, labels[i : i + 32]) for i in range(0, 128, 32)] for scale in (0.02, 1.0))
+    found = shohin.quantize(model, shohin.Data(train=small, validation=full), "int8", drop="1 %")
+    assert found.notes["quality"]["all"] < 0.99 and found.notes["returned"]
+    assert any("too little calibration data" in why for why in found.notes["returned"].values())

@@ -183,7 +183,7 @@ def _errors(
         near = float(torch.quantile(size[:: len(size) // 100_000 + 1], 0.999).clamp_min(1e-12))
         channels = x.abs().movedim(-1 if family(node) == "linear" else 1, 0).flatten(1).amax(1)
         total[3] = max(float(total[3]), float(size.max()) / near)
-        total[4] += 0.0 if q is None else len(x) * float(_beyond(x, q))
+        total[4] += 0.0 if q is None else len(x) * float(beyond(x, q))
         total[5] = max(float(total[5]), float(channels.max() / channels.median().clamp_min(1e-12)))
     return rounding_errors(program, tensors, quantized, node, args, value)
 
@@ -217,6 +217,7 @@ def rounding_errors(
     return both, activation, alone
 
 
-def _beyond(x: Tensor, q: Quantizer) -> Tensor:
+def beyond(x: Tensor, q: Quantizer) -> Tensor:
+    """Share of the values that lie beyond a range."""
     steps, zero = q.steps(x), q.spread(q.zero_point, x)
     return ((x < (q.format.low - zero - 0.5) * steps) | (x > (q.format.high - zero + 0.5) * steps)).double().mean()

@@ -14,6 +14,7 @@ from torch import nn
 
 from shohin.data import Call
 from shohin.program import Program
+from shohin.quantization.causes import beyond_ranges, unlike_training
 from shohin.quantization.damage import Damage, damages
 from shohin.quantization.quantized import Quantized
 
@@ -43,6 +44,7 @@ def fewest_returned(
     quality: Callable[[nn.Module], float],
     plain: float,
     holds: Callable[[float], bool],
+    fresh: Sequence[Call] = (),
     seed: int = 0,
 ) -> Kept:
     """Quantizes all but the fewest layers with which quality holds; those whose rounding moves the answers most go back first.
@@ -53,6 +55,7 @@ def fewest_returned(
         quality: of a view.
         plain: quality of the float program.
         holds: whether a quality is good enough; that of the float program is.
+        fresh: other batches than those of calibration, to tell where these were too few.
 
     Returns:
         What was made. With every layer float again, nothing is quantized.
@@ -81,10 +84,11 @@ def fewest_returned(
         low, high = (low, middle) if good(middle) else (middle, high)
     good(high)
     made, left, reached = tried[high]
-    return Kept(made, left, {a: _why(a, order[:high], found) for a in order[:high]}, (plain, first, reached))
+    causes = {**beyond_ranges(program, whole, calls, fresh), **unlike_training(program, calls)}
+    return Kept(made, left, {a: _why(a, order[:high], found, causes) for a in order[:high]}, (plain, first, reached))
 
 
-def _why(address: str, returned: Sequence[str], found: Mapping[str, Damage]) -> str:
+def _why(address: str, returned: Sequence[str], found: Mapping[str, Damage], causes: Mapping[str, str]) -> str:
     """A layer's own reason, or whose input it makes."""
     readers = [a for a in returned if found[a].together == address and found[a].moved > found[address].moved]
-    return f"it makes the input of {readers[0]}" if readers else found[address].reason
+    return f"it makes the input of {readers[0]}" if readers else causes.get(address, found[address].reason)

@@ -242,7 +242,7 @@ def _kept(
     def holds(value: float) -> bool:
         return not allowed.violations({"quality": value}, {"quality": plain}, lower_is_better=data.lower_is_better)
 
-    return fewest_returned(program, calls, chosen, make, data.quality, plain, holds, seed)
+    return fewest_returned(program, calls, chosen, make, data.quality, plain, holds, list(data.calls("validation", 1)), seed)
 
 
 def _trained(
