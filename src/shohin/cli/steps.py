@@ -68,14 +68,20 @@ Samples = Annotated[int, typer.Option("--samples", min=1, help="Of the calibrati
 Recover = Annotated[str, typer.Option("--recover", help="auto, none, compensate, or distill.")]
 Epochs = Annotated[int, typer.Option("--epochs", min=1, help="Passes over the training batches.")]
 Format = Annotated[
-    str, typer.Option("--format", help="Of every layer: int8, w4a8, float32, or weights of few bits, such as 'weights uint4 group 32'.")
+    str,
+    typer.Option(
+        "--format", help="Of every layer: int8, 'int8 dynamic', w4a8, float32, or weights of few bits, such as 'weights uint4 group 32'."
+    ),
 ]
 Layer = Annotated[
     list[str] | None, typer.Option("--layer", metavar="PATTERN=FORMAT", help="Format of some layers by address; may be repeated.")
 ]
 Ranges = Annotated[str, typer.Option("--ranges", help="Of int8 activations: mse, percentile, entropy, minmax or moving.")]
-Rounding = Annotated[str, typer.Option("--rounding", help="Of weights beside float activations: auto, nearest, hqq, gptq or descent.")]
+Rounding = Annotated[
+    str, typer.Option("--rounding", help="Of weights beside float activations: auto, nearest, hqq, gptq, adaround or descent.")
+]
 Smoothing = Annotated[bool, typer.Option("--smoothing/--no-smoothing", help="Of int8 activations whose channels differ much.")]
+Equalize = Annotated[bool, typer.Option("--equalize/--no-equalize", help="Channels between int8 layers that only layers read.")]
 Train = Annotated[
     str,
     typer.Option(
@@ -214,6 +220,7 @@ def quantize(
     sensitivity: Sensitivity = "fisher",
     ranges: Ranges = "mse",
     smoothing: Smoothing = True,
+    equalize: Equalize = True,
     rounding: Rounding = "auto",
     drop: Drop = None,
     recover: Train = "none",
@@ -253,6 +260,7 @@ def quantize(
             sensitivity=sensitivity,
             ranges=ranges,
             smoothing=smoothing,
+            equalize=equalize,
             rounding=rounding,
             drop=drop,
             recover=QAT(learn) if recover == "qat" else recover if trains else None,  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from shohin.graph import Graph, kept_indices
 from shohin.graph.labels.core import Labels
 from shohin.pipeline.job import Job, load_tensors, own_tensors
 from shohin.pipeline.plan import Finalist
-from shohin.pipeline.ship import expected_formats, finish, lower_program, lower_quantized, verify_file
+from shohin.pipeline.ship import expected_formats, finish, least_snr, lower_program, lower_quantized, verify_file
 from shohin.plan import Plan
 from shohin.planning.widths import plan_of
 from shohin.program import Program, unfold_state, with_graph
@@ -175,7 +175,7 @@ def _ship(job: Job, finalist: Finalist, plan: Plan, made: Cut, program: Program,
     else:
         view, notes = lower_program(job.target, program, path, job.example, job.example_kwargs)
         evidence = {}
-    checked = verify_file(job, view, path, expected_formats(program, quantized), integer=bool(layers))
+    checked = verify_file(job, view, path, expected_formats(program, quantized), least_snr(quantized))
     facts = {
         "form": made.form,
         "form_reason": made.reason,

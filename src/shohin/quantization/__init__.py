@@ -2,6 +2,7 @@
 
 from shohin.quantization.aware import QAT, AwareModule
 from shohin.quantization.dynamic import Dynamic, dynamic_layers
+from shohin.quantization.equalization import equalized
 from shohin.quantization.fallback import fewest_returned
 from shohin.quantization.floats import is_float_form, needs_scale
 from shohin.quantization.layers import quantize_layers
@@ -21,6 +22,7 @@ __all__ = [
     "Quantized",
     "Sites",
     "dynamic_layers",
+    "equalized",
     "fewest_returned",
     "find_sites",
     "is_float_form",

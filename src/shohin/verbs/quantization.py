@@ -37,6 +37,7 @@ def quantize(
     budget: str | Budget | None = None,
     ranges: str | Mapping[str, str] = "mse",
     smoothing: bool = True,
+    equalize: bool = True,
     rounding: str = "auto",
     samples: int = 512,
     sensitivity: str = "fisher",
@@ -67,6 +68,8 @@ def quantize(
             channel, which the weights of the linear layers that read them take (SmoothQuant, Xiao et al. 2023; how far is chosen for each
             by the error of those layers). Only where it helps, and where ``ranges`` says "mse". The same for linear layers with weight
             schemes, there to round finely what large activations multiply (AWQ, Lin et al. 2023), with "gptq", "adaround" and "descent".
+        equalize: make channels of an activation alike that a layer makes and only layers read, by factors that these layers' weights take
+            (cross-layer equalization, Nagel et al. 2019), where all of them compute on integers. In floats the model stays the same.
         rounding: of weights beside float activations, and of those with less than 7 bits beside integers: "nearest" and "hqq" (neither
             needs data), "gptq", "adaround", "descent" (GPTQ, then scales and codes in turn), or "auto": "descent" where ``data`` has batches, else
             "nearest". What is trained begins with the weights as they are.
@@ -92,7 +95,7 @@ def quantize(
             if an activation on them is NaN or Inf, or if ``drop`` is given and quality cannot be told. BudgetError: if ``drop`` cannot be
             read. RunError: if there is a file where ``out`` should be a folder, or another training's checkpoint in it.
     """
-    from shohin.quantization import is_float_form, quantize_layers
+    from shohin.quantization import equalized, is_float_form, quantize_layers
     from shohin.quantization.sensitivity import MEASURES
 
     goal = None if target is None else get_target(target)
@@ -107,10 +110,10 @@ def quantize(
         raise DataError("drop needs a quality to keep: give batches with integer targets, or Data(metric=(run) -> float)")
     with seeded(checked(data), seed):
         program = capture(model, data.example())
-        chosen, left = chosen_formats(
-            program, format if isinstance(format, (str, Mapping)) else next(text for text in format if text != "float32"), goal
-        )
-        static = any(is_bits(text) and not is_dynamic(text) for text in chosen.values())
+        wanted = [format] if isinstance(format, (str, Mapping)) else [text for text in format if text != "float32"]
+        able = [chosen_formats(program, text, goal) for text in wanted]
+        chosen, left = able[0]
+        static = any(map(_is_static, chosen.values()))
         floats = sorted({text for text in chosen.values() if is_float_form(text)})
         if floats and (qat is not None or allowed is not None):
             raise PlanError(f"{floats[0]!r} is only simulated: neither recover= nor drop= can go with it")
@@ -122,6 +125,10 @@ def quantize(
             )
             raise DataError(f"{what} batches: give Data(train=loader)")
         calls = calibration(data, seed, samples) if data.has_batches else []
+        original, alike = program, tuple[str, ...]()
+        if equalize and calls:
+            named = {address for forms, _ in able for address, text in forms.items() if _is_static(text)}
+            program, alike = equalized(program, named, calls)
         rule = None if goal is None else goal.least_scale()
         begin = "nearest" if qat is not None else rounding  # a training begins with the weights as they are
         options: dict[str, Any] = {"rounding": begin, "ranges": ranges, "smoothing": smoothing, "least_scale": rule, "seed": seed}
@@ -134,26 +141,28 @@ def quantize(
         if limits is not None and goal is not None:
             from shohin.pipeline.mixed import mixed
 
-            texts = [text for text in ([format] if isinstance(format, str) else format) if text != "float32"]
-            able = {text: chosen_formats(program, text, goal)[0] for text in texts}
-            found = mixed(
-                program, calls, able, make, partial(make, plainly=True), goal, limits, data.example(), measure=sensitivity, seed=seed
-            )
+            options_of = {str(text): forms for text, (forms, _) in zip(wanted, able, strict=True)}
+            quick, example = partial(make, plainly=True), data.example()
+            found = mixed(program, calls, options_of, make, quick, goal, limits, example, measure=sensitivity, seed=seed)
             quantized, chosen, metrics = found.quantized, found.formats, found.metrics
-            static = any(is_bits(text) and not is_dynamic(text) for text in chosen.values())
+            static = any(map(_is_static, chosen.values()))
             notes |= found.notes
         elif allowed is None:
             quantized = make(chosen)
         else:
-            kept = _kept(program, data, calls, chosen, make, allowed, seed)
+            kept = _kept(program, data, calls, chosen, make, allowed, data.quality(ProgramModule(original)), seed)
             quantized, chosen = kept.quantized, kept.formats
             values = dict(zip(("float", "all", "kept"), kept.quality, strict=True))
             notes |= {"returned": kept.returned, "quality": values, "drop": str(drop)}
+        if not chosen:  # what is not rounded stays as it came
+            program, alike = original, ()
+            quantized = make({})
         if qat is not None:
             quantized, told = _trained(program, quantized, data, qat, config, epochs, rule, seed, out)
             notes |= told
     if static:
         notes["ranges"] = ranges if isinstance(ranges, str) else dict(ranges)
+        notes["equalized"] = list(alike)
         notes["smoothed"] = [a for a, q in quantized.by_address().items() if q.axis == -1]
     if any(map(is_scheme, chosen.values())):
         notes |= {"rounding": rounding, "scaled": [name for name, q in quantized.weights.items() if q.group and q.columns is not None]}
@@ -163,6 +172,10 @@ def quantize(
     return Candidate(
         "quantized", plan, _snapped(model, program, quantized), quantized.view(), quantized.by_address(), metrics=metrics, notes=notes
     )
+
+
+def _is_static(text: str) -> bool:
+    return is_bits(text) and not is_dynamic(text)
 
 
 def _limits(budget: str | Budget | None, format: object, target: Target | None, drop: object) -> Budget | None:
@@ -232,12 +245,11 @@ def _kept(
     chosen: Mapping[str, str],
     make: Callable[[Mapping[str, str]], Quantized],
     allowed: Budget,
+    plain: float,
     seed: int,
 ) -> Kept:
-    """The program with as many layers quantized as a bound on quality allows."""
+    """The program with as many layers quantized as a bound on quality allows; ``plain`` is the float model's."""
     from shohin.quantization import fewest_returned
-
-    plain = data.quality(ProgramModule(program))
 
     def holds(value: float) -> bool:
         return not allowed.violations({"quality": value}, {"quality": plain}, lower_is_better=data.lower_is_better)

@@ -51,7 +51,7 @@ def export(
         TargetError: if the file does not equal the view, or the target cannot run it.
     """
     from shohin.pipeline.reading import requantized
-    from shohin.pipeline.ship import expected_formats, lower_program, lower_quantized, verify_export
+    from shohin.pipeline.ship import expected_formats, least_snr, lower_program, lower_quantized, verify_export
 
     goal, path = get_target(target), Path(path)
     given = candidate_or_model if isinstance(candidate_or_model, Candidate) else Candidate("exported", Plan(""), candidate_or_model)
@@ -66,14 +66,7 @@ def export(
             shown, notes = lower_program(goal, program, path, example.args, example.kwargs)
         else:
             shown, _, notes = lower_quantized(goal, quantized, path, example.args, example.kwargs)
-        parity = verify_export(
-            goal,
-            shown,
-            path,
-            expected_formats(program, quantized),
-            [example],
-            integer=bool(quantized and (quantized.activations or quantized.inputs)),
-        )
+        parity = verify_export(goal, shown, path, expected_formats(program, quantized), [example], snr=least_snr(quantized))
         timing = goal.measure({"file": path}, example.args, kwargs=example.kwargs)["file"]
         quality = None
         if data.metric is not None or (data.has_batches and data.has_labels and data.loss is None):
