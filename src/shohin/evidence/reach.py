@@ -10,9 +10,10 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from shohin.program import Program, interpret
+from shohin.program.inputs import samples
 
-#: samples of one backward pass
-CHUNK = 64
+#: samples of one backward pass, and after how many that use every row the others are taken to do so too
+CHUNK, ENOUGH = 8, 64
 
 
 def picked(
@@ -32,7 +33,7 @@ def _drawn(rows: Tensor, limit: int, name: str, seed: int) -> Tensor:
 def reached(program: Program, joined: tuple[Any, ...], layers: Mapping[str, int], seed: int = 0) -> dict[str, Tensor]:
     """Layer -> boolean for each row of its output: a random combination of the model's outputs has a gradient there.
 
-    Where the first samples use every row the others are taken to do so too.
+    Where the first `ENOUGH` samples use every row the others are taken to do so too.
 
     Args:
         joined: inputs of the program, all samples in one batch.
@@ -42,14 +43,13 @@ def reached(program: Program, joined: tuple[Any, ...], layers: Mapping[str, int]
         return {}
     batch = next((x.shape[0] for x in joined if isinstance(x, Tensor) and x.dim()), 1)
     parts: dict[str, list[Tensor]] = {name: [] for name in layers}
-    for start in range(0, batch, CHUNK):
-        chunk = tuple(x[start : start + CHUNK] if isinstance(x, Tensor) and x.dim() else x for x in joined)
-        found = _rows(program, chunk, layers, seed)
-        if start == 0 and all(bool(rows.all()) for rows in found.values()):
-            share = {name: len(rows) // max(1, min(CHUNK, batch)) for name, rows in found.items()}
-            return {name: torch.ones(share[name] * batch, dtype=torch.bool) for name in found}
-        for name, rows in found.items():
+    each = batch if program.fixed else CHUNK
+    for start in range(0, batch, each):
+        for name, rows in _rows(program, samples(joined, batch, start, start + each), layers, seed).items():
             parts[name].append(rows)
+        known = min(start + each, batch)
+        if ENOUGH <= known < batch and known - each < ENOUGH and all(bool(rows.all()) for found in parts.values() for rows in found):
+            return {name: torch.ones(sum(map(len, rows)) // known * batch, dtype=torch.bool) for name, rows in parts.items() if rows}
     return {name: torch.cat(rows) for name, rows in parts.items() if rows}
 
 

@@ -36,6 +36,7 @@ def corrected(
     running = channels_last(program)
     grids: dict[str, Callable[[Tensor], Tensor]] = {name: partial(_snapped, q) for name, q in activations.items()}
     codes: dict[str, Tensor] = {}
+    waiting: dict[str, set[str]] = {}  # readers that have not run yet: codes are let go behind the last of them
 
     def feed(node: fx.Node, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """What integers read of a smoothed activation; all else goes on with its floats."""
@@ -45,6 +46,11 @@ def corrected(
             else value
             for given, value in zip(node.args, args, strict=True)
         ]
+        for given in node.all_input_nodes:
+            if (name := base(given).name) in codes:
+                waiting[name].discard(node.name)
+                if not waiting[name]:
+                    del codes[name]
         return tuple(snapped)
 
     def kept(name: str, value: Tensor) -> Tensor:
@@ -52,7 +58,7 @@ def corrected(
             return value
         if activations[name].axis is None:
             return grids[name](value)
-        codes[name] = grids[name](value)
+        codes[name], waiting[name] = grids[name](value), set(sites.readers[name])
         return value
 
     def visit(node: fx.Node, value: Any, args: tuple[Any, ...]) -> Any:
