@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import shohin
 from cutting.texts import TEXTS, Judges, calibration, moved
-from distilling.corpus import texts
+from distilling.corpus import file, texts
 from distilling.minilm import embed, evaluated, load_teacher
 from quantizing.onnx_text import Vectors, captured, exported, in_onnxruntime
 from records import HERE, Record, interpreter
@@ -34,6 +34,7 @@ RESULTS, TABLE = HERE / "quantization_weights.json", HERE / "quantization_weight
 #: what the project demands: of the best peer's squared error, at equal bytes
 SHARE = 0.9
 OURS = "shohin: descent, uint4"
+TORCH = ("neural compressor: nearest", "neural compressor: hqq", "neural compressor: gptq", "torchao: nearest", "torchao: hqq")
 NNCF = ("plain", "awq", "scale estimation", "gptq", "awq, scale estimation, gptq")
 
 Found = tuple[nn.Module, float, int]
@@ -55,7 +56,10 @@ def ours(teacher: nn.Module, data: shohin.Data, rounding: str, kind: str) -> Fou
     model = copy.deepcopy(teacher)
     assert found.model is not None
     model.load_state_dict(found.model.state_dict())
-    return model, seconds, packed_bytes(kind == "uint4")
+    factors = {
+        q.columns.numpy().tobytes() for q in found.evidence.values() if q.columns is not None
+    }  # float32, once for all that share them
+    return model, seconds, packed_bytes(kind == "uint4") + sum(len(held) // 2 for held in factors)
 
 
 def onnxruntime(teacher: nn.Module, data: shohin.Data, way: str, folder: Path) -> Found:
@@ -99,30 +103,47 @@ def nncf(teacher: nn.Module, data: shohin.Data, way: str, folder: Path, asked: S
     """NNCF's ``compress_weights`` in OpenVINO: 16-bit scales."""
     path = folder / "float.pt2"
     torch.export.save(captured(teacher), path)
+    model, seconds = _elsewhere("nncf", "nncf_weights.py", [str(path), way], data, folder, asked)
+    return model, seconds, packed_bytes(True, 16)
+
+
+def in_torch(data: shohin.Data, way: str, folder: Path, asked: Sequence[Any]) -> Found:
+    """Neural Compressor and torchao; the former's HQQ has float zero points, the latter's none."""
+    model, seconds = _elsewhere("inc", "torch_weights.py", [str(file("config.json").parent), way], data, folder, asked)
+    scale_bits = 64 if way == "neural compressor: hqq" else 32
+    return model, seconds, packed_bytes("hqq" not in way, scale_bits)
+
+
+def _elsewhere(
+    environment: str, script: str, what: Sequence[str], data: shohin.Data, folder: Path, asked: Sequence[Any]
+) -> tuple[nn.Module, float]:
+    """What a script in another environment answers to all that will be asked, and its processor seconds."""
     learned = [{"ids": b["input_ids"].numpy(), "mask": b["attention_mask"].numpy()} for b in data.train or ()]
     for name, batches in (("learned", learned), ("asked", asked)):
         np.savez(folder / f"{name}.npz", **{f"{key}{i}": value for i, batch in enumerate(batches) for key, value in batch.items()})
-    script = Path(__file__).with_name("nncf_weights.py")
-    command = [interpreter("nncf"), str(script), str(path), way, *(str(folder / f"{n}.npz") for n in ("learned", "asked", "out"))]
+    places = (str(folder / f"{n}.npz") for n in ("learned", "asked", "out"))
+    command = [interpreter(environment), str(Path(__file__).with_name(script)), *what, *places]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr[-800:])
     said = json.loads(done.stdout.strip().splitlines()[-1])
-    print("  NNCF:", said, flush=True)
+    print(" ", environment, said, flush=True)
     held = np.load(folder / "out.npz")
     answers = iter([held[f"v{i}"] for i in range(len(held.files))])
-    return Vectors(lambda _: next(answers)), said["seconds"], packed_bytes(True, 16)
+    return Vectors(lambda _: next(answers)), said["seconds"]
 
 
 def rows(teacher: nn.Module, data: shohin.Data, folder: Path, asked: Sequence[Any]) -> dict[str, Callable[[], Found]]:
     """Every way by name."""
     found: dict[str, Callable[[], Found]] = {}
     for kind in ("uint4", "int4"):
-        for rounding in ("descent", "gptq", "hqq", "nearest"):
-            if (rounding, kind) != ("hqq", "int4"):
+        for rounding in ("descent", "gptq", "adaround", "hqq", "nearest"):
+            if kind == "uint4" or rounding not in ("hqq", "adaround"):
                 found[f"shohin: {rounding}, {kind}"] = partial(ours, teacher, data, rounding, kind)
     for way in ("nearest, int4", "nearest, uint4", "hqq, uint4"):
         found[f"onnxruntime: {way}"] = partial(onnxruntime, teacher, data, way, folder)
+    for way in TORCH:
+        found[way] = partial(in_torch, data, way, folder, asked)
     for way in NNCF:
         found[f"nncf: {way}"] = partial(nncf, teacher, data, way, folder, asked)
     return found

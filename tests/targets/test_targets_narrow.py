@@ -76,7 +76,7 @@ def some_choices(graph: Graph, n: int, seed: int) -> list[Choice]:
 def test_narrowed_file_is_the_fully_lowered_one(case: str, tmp_path: Path) -> None:
     graph, target, made, x = prepared(case)
     choices = some_choices(graph, 4, 1)
-    sample = [*[c for c in choices if c.skipped][:1], choices[3], choices[9]]
+    sample = [*[c for c in choices if c.skipped][:1], choices[9 if list(CASES).index(case) % 2 else 3]]
     again = torch.randn(3, *x.shape[1:])
     for choice in sample:
         plan = plan_of(graph, choice)

@@ -1,0 +1,76 @@
+"""4-bit weights by Neural Compressor and torchao, in PyTorch, in an environment of its own: ``python torch_weights.py FOLDER WAY BATCHES TEXTS OUT``.
+
+FOLDER: with the encoder's ``config.json`` and ``model.safetensors``. BATCHES: an npz of calibration batches ("ids0", "mask0", ...). TEXTS: an
+npz of batches to embed. OUT: an npz of their embeddings, computed with the weights that each tool decodes. It imports nothing of Shohin.
+"""
+
+import contextlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from neural_compressor.torch.quantization import GPTQConfig, HQQConfig, RTNConfig, convert, prepare
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from torchao.quantization import IntxWeightOnlyConfig, MappingType, quantize_
+from torchao.quantization.granularity import PerGroup
+from transformers import BertConfig, BertModel
+
+GROUP = 32
+ASYMMETRIC = {"bits": 4, "group_size": GROUP, "use_sym": False, "dtype": "int"}
+#: as their documentation offers them
+COMPRESSOR = {
+    "neural compressor: nearest": RTNConfig(**ASYMMETRIC),
+    "neural compressor: hqq": HQQConfig(bits=4, group_size=GROUP),
+    "neural compressor: gptq": GPTQConfig(**ASYMMETRIC, act_order=True),
+}
+FOUR = {"weight_dtype": torch.int4, "granularity": PerGroup(GROUP)}
+TORCHAO = {
+    "torchao: nearest": IntxWeightOnlyConfig(**FOUR, mapping_type=MappingType.ASYMMETRIC),
+    "torchao: hqq": IntxWeightOnlyConfig(**FOUR, intx_choose_qparams_algorithm="hqq_scale_only"),
+}
+
+
+def batches(path: str) -> list[dict[str, torch.Tensor]]:
+    """The batches of an npz, in order."""
+    held = np.load(path)
+    return [
+        {"input_ids": torch.from_numpy(held[f"ids{i}"]), "attention_mask": torch.from_numpy(held[f"mask{i}"])}
+        for i in range(len(held.files) // 2)
+    ]
+
+
+def embedded(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> np.ndarray:
+    """Mean of the last layer over the words, of length 1."""
+    hidden = model(**batch).last_hidden_state.float()  # of HQQ they are half
+    mask = batch["attention_mask"][:, :, None].to(hidden.dtype)
+    return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1).float().numpy()
+
+
+def main() -> None:
+    """The command."""
+    folder, way, learned, asked, out = sys.argv[1:]
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    model = BertModel(BertConfig.from_json_file(str(Path(folder) / "config.json")), add_pooling_layer=False).eval()
+    model.load_state_dict(load_file(str(Path(folder) / "model.safetensors")), strict=False)
+    model.name_or_path = model.config._name_or_path = folder  # or Neural Compressor asks the hub for it
+    began = time.process_time()
+    if way in TORCHAO:
+        quantize_(model, TORCHAO[way])
+    else:
+        model = prepare(model, COMPRESSOR[way])
+        for batch in batches(learned) if way.endswith("gptq") else ():
+            with contextlib.suppress(ValueError):  # with which it stops a forward pass once it has what it wants
+                model(**batch)
+        model = convert(model)
+    seconds = time.process_time() - began
+    np.savez(out, **{f"v{i}": embedded(model, batch) for i, batch in enumerate(batches(asked))})
+    print(json.dumps({"seconds": round(seconds, 1)}))
+
+
+if __name__ == "__main__":
+    main()
