@@ -181,3 +181,28 @@ def test_nothing_depends_on_how_many_samples_go_through_at_once(name: str, metho
     for tensor, value in alone.program.tensors.items():
         if value.is_floating_point():
             torch.testing.assert_close(value, together.program.tensors[tensor], rtol=2e-3, atol=2e-2)
+
+
+class Mixing(nn.Module):
+    """Each sample is divided by what all of the batch show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 8, 3, stride=4), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        h = torch.relu(h / h.abs().amax((0, 2, 3), keepdim=True))
+        out: Tensor = self.c(torch.relu(self.b(h)).mean((2, 3)))
+        return out
+
+
+def test_batches_whose_samples_act_on_each_other_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(12, 3, 16, 16) * torch.logspace(-1.5, 1, 12).reshape(-1, 1, 1, 1)
+    model = Mixing().eval()
+    monkeypatch.setattr(observation, "CACHED", 1)
+    view = shohin.quantize(model, Data(train=[x])).view
+    assert view is not None
+    with torch.no_grad():
+        assert relative_error(model(x), view(x)) < 0.02

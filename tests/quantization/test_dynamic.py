@@ -122,7 +122,7 @@ def test_beside_other_formats(model: nn.Module, data: shohin.Data, tmp_path: Pat
 def test_each_input_has_the_range_of_its_own_values(model: nn.Module) -> None:
     """What a grid from data would clip comes through."""
     small = shohin.Data(train=[torch.randn(6, 8, 12) * 0.01 for _ in range(4)])
-    static, moving = (shohin.quantize(model, small, {"q*": form}).view for form in ("int8", "int8 dynamic"))
+    static, moving = (shohin.quantize(model, small, {"v*": form}).view for form in ("int8", "int8 dynamic"))
     assert static is not None and moving is not None
     x = torch.randn(6, 8, 12) * 3
     with torch.no_grad():
@@ -150,4 +150,6 @@ def test_refusals_name_what_there_is(model: nn.Module, data: shohin.Data) -> Non
         shohin.quantize(model, data, "w4a4 dynamic")
     with pytest.raises(PlanError, match="no ranges that could be trained: ask for 'int8'"):
         shohin.quantize(model, data, "int8 dynamic", recover="qat")
+    with pytest.raises(PlanError, match="share the weight 'q\\.weight'"):
+        shohin.quantize(model, data, {"*": "int8", "q*": "int8 dynamic"})
     assert shohin.quantize(model, data, "w4a4 dynamic", None).view is not None

@@ -72,7 +72,7 @@ def net(name: str, seed: int = 0) -> tuple[nn.Module, shohin.Data, Program]:
             model.a.bias[:4] += 40  # type: ignore[index, union-attr]
             model.c.bias[2:6] += 60  # type: ignore[index]
     generator = torch.Generator().manual_seed(seed)
-    data = shohin.Data(train=[torch.randn(16, *shape, generator=generator) for _ in range(4)])
+    data = shohin.Data(train=[torch.randn(80, *shape, generator=generator) for _ in range(4)])
     return model, data, capture(model, data.example())
 
 
@@ -113,7 +113,7 @@ def test_grids_become_more_exact_and_files_are_as_seen(seed: int, tmp_path: obje
         assert found.view is not None and bool(found.notes["equalized"]) == equalize
         with torch.no_grad():
             errors.append(float((found.view(x) - model(x)).square().mean()))
-    assert errors[1] < 0.3 * errors[0]
+    assert errors[1] < 0.6 * errors[0]
     made = shohin.export(found, data, path=f"{tmp_path}/m.onnx")
     assert made.notes["parity"]["departs"] == [] and made.artifact is not None
     assert found.model is not None
@@ -137,11 +137,78 @@ def test_what_others_read_is_left_alone() -> None:
         data = shohin.Data(train=[torch.randn(4, *shape) for _ in range(2)])
         program = capture(model, data.example())
         made, changed = equalized(program, quantizable(program), list(data.calls("train")))
-        assert changed == () and made is program
+        assert changed == {} and made is program
     _, data, program = net("chain")
     first = quantizable(program)[0]
     made, changed = equalized(program, {first}, list(data.calls("train")))
-    assert changed == () and made is program
+    assert changed == {} and made is program
+
+
+class Turned(nn.Module):
+    """A mean over channels, or over rows of a picture, before a layer whose inputs happen to be as many."""
+
+    def __init__(self, dim: int, reader: nn.Module) -> None:
+        super().__init__()
+        self.dim, self.conv, self.reader = dim, nn.Conv2d(3, 8, 3, padding=1), reader
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.reader(F.relu(self.conv(x)).mean(self.dim))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Linear(8, 4)), (3, 8, 8)),
+        (nn.Sequential(nn.Conv1d(16, 16, 3, padding=1), nn.ReLU(), nn.Linear(16, 4)), (16, 16)),
+        (nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Conv1d(8, 4, 1)), (8, 16)),
+        (Turned(1, nn.Linear(8, 4)), (3, 8, 8)),
+        (Turned(2, nn.Linear(8, 4)), (3, 8, 8)),
+        (Turned(1, nn.Conv1d(8, 4, 1)), (3, 8, 8)),
+    ],
+)
+def test_other_axes_of_equal_length_are_no_channels(model: nn.Module, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, *shape)
+    program = capture(model.eval(), x)
+    made, changed = equalized(program, quantizable(program), list(shohin.Data(train=[x]).calls("train")))
+    assert changed == {} and made is not None
+    with torch.no_grad():
+        torch.testing.assert_close(ProgramModule(made)(x), model(x))
+
+
+def test_rare_channels_do_not_take_the_range_of_all_others() -> None:
+    """A unit that fires in ten samples of 512; many that seldom do, of which new data show more; and few samples."""
+    torch.manual_seed(0)
+    one = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4)).eval()
+    many = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4)).eval()
+    x = torch.randn(512, 16)
+    x[:, 0].clamp_(max=0.9)
+    x[300:310, 0] = 3.0
+    with torch.no_grad():
+        one[0].weight[0], one[0].bias[0] = 0.0, -1.0
+        one[0].weight[0, 0] = 1.0
+        many[0].bias.copy_(torch.linspace(-2.2, 0.5, 64))
+    new = torch.randn(1000, 16)
+    for model, seen, asked in ((one, x, x), (many, torch.randn(512, 16), new), (many, torch.randn(16, 16), new)):
+        errors = []
+        for equalize in (False, True):
+            view = shohin.quantize(model, shohin.Data(train=[seen]), equalize=equalize).view
+            assert view is not None
+            with torch.no_grad():
+                errors.append(float((view(asked) - model(asked)).square().mean()))
+        assert errors[1] < 1.1 * errors[0]
+
+
+def test_constant_activations_are_no_trouble() -> None:
+    for model, x in (
+        (nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)), torch.randn(1, 16)),
+        (nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1)), torch.ones(32, 3, 4, 4)),
+    ):
+        view = shohin.quantize(model.eval(), shohin.Data(train=[x])).view
+        assert view is not None
+        with torch.no_grad():
+            assert float((view(x) - model(x)).abs().max()) < 0.02 * float(model(x).abs().max())
 
 
 def test_trained_and_planned_programs_go_on_from_it(tmp_path: object) -> None:

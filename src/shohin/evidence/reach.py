@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from shohin.program import Program, interpret
+from shohin.program.execute import apart
 from shohin.program.inputs import samples
 
 #: samples of one backward pass, and after how many that use every row the others are taken to do so too
@@ -43,14 +44,24 @@ def reached(program: Program, joined: tuple[Any, ...], layers: Mapping[str, int]
         return {}
     batch = next((x.shape[0] for x in joined if isinstance(x, Tensor) and x.dim()), 1)
     parts: dict[str, list[Tensor]] = {name: [] for name in layers}
-    each = batch if program.fixed else CHUNK
+    nodes = {node.name: node for node in program.graph.nodes}
+    alike = {name for name in layers if not any(isinstance(d, torch.SymInt) for d in nodes[name].meta["val"].shape)}  # for any batch
+    each = CHUNK if batch > CHUNK and apart(program, joined, batch) else batch
     for start in range(0, batch, each):
         for name, rows in _rows(program, samples(joined, batch, start, start + each), layers, seed).items():
             parts[name].append(rows)
         known = min(start + each, batch)
         if ENOUGH <= known < batch and known - each < ENOUGH and all(bool(rows.all()) for found in parts.values() for rows in found):
-            return {name: torch.ones(sum(map(len, rows)) // known * batch, dtype=torch.bool) for name, rows in parts.items() if rows}
-    return {name: torch.cat(rows) for name, rows in parts.items() if rows}
+            return {name: _joined(rows, name in alike, batch, known) for name, rows in parts.items() if rows}
+    return {name: _joined(rows, name in alike) for name, rows in parts.items() if rows}
+
+
+def _joined(parts: list[Tensor], alike: bool, batch: int = 0, known: int = 0) -> Tensor:
+    """Rows of all samples, of which the last ones, if any are left, are as the first; of a layer without samples those of any part."""
+    if alike:
+        return torch.stack(parts).any(0)
+    rows = torch.cat(parts)
+    return torch.ones(len(rows) // known * batch, dtype=torch.bool) if known else rows
 
 
 def _rows(program: Program, inputs: tuple[Any, ...], layers: Mapping[str, int], seed: int) -> dict[str, Tensor]:

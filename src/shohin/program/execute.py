@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from shohin.data import Call
 from shohin.errors import DataError
-from shohin.program.inputs import arranged
+from shohin.program.inputs import arranged, samples
 from shohin.program.nodes import arguments, callable_of, run
 from shohin.program.origins import family
 from shohin.program.program import Program
@@ -218,6 +218,35 @@ def call_inputs(program: Program, call: Call) -> tuple[Any, ...]:
                 f"batches of {len(example)}"
             )
     return tuple(flat)
+
+
+def apart(program: Program, inputs: tuple[Any, ...], size: int) -> bool:
+    """True if the answers for a sample are its own: the first two give the same alone as together. False where the model fixes the batch.
+
+    Args:
+        inputs: of a batch of ``size``.
+    """
+    if program.fixed:
+        return False
+    if size < 2:
+        return True
+    with torch.no_grad():
+        both, first, second = (
+            [
+                t
+                for t in pytree.tree_leaves(interpret(program, program.graph, program.tensors, samples(inputs, size, *ends)))
+                if isinstance(t, Tensor)
+            ]
+            for ends in ((0, 2), (0, 1), (1, 2))
+        )
+    for pair, one, other in zip(both, first, second, strict=True):
+        if pair.dim() == 0 or len(pair) != 2 or one.shape[0] != 1:
+            return False
+        alone, pair = torch.cat([one, other]).double(), pair.double()
+        largest = float(alone.abs().nan_to_num(0.0, 0.0, 0.0).max()) if alone.numel() else 0.0
+        if not torch.allclose(alone, pair, rtol=1e-3, atol=1e-3 * largest, equal_nan=True):
+            return False
+    return True
 
 
 def restore_outputs(program: Program, flat: Any) -> Any:

@@ -1,15 +1,15 @@
 """Channels of one activation made alike, so that they share its scale fairly: the layer before takes the factor, the layers behind its inverse.
 
 Cross-layer equalization and high-bias absorption (Nagel et al., "Data-Free Quantization", 1906.04721, sections 4.1.2 and 4.1.3). There ranges
-of weights are made alike, whose scales are one for each output here; so it is the ranges of activations, on a few samples (Meller et
+of weights are made alike, whose scales are one for each output here; so it is the ranges of activations, on the calibration data (Meller et
 al., 1902.01917, section 4). Between the layers may lie what gives ``f(s x) = s f(x)`` for positive s, channel by channel; in floats nothing
-changes but rounding.
+changes but rounding. Absorption alone takes for granted that a channel goes on to exceed what it nearly always has.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,13 +22,19 @@ from shohin.program import Program, family, interpret
 from shohin.program.fold import CONVOLUTIONS
 from shohin.program.nodes import argument
 from shohin.program.program import shape_of
-from shohin.quantization.observation import leading
+from shohin.quantization.observation import channels_last, in_slices, taken_whole
 from shohin.quantization.sites import IDENTITY, PADS, weight_of
 
-#: a channel's factor is so much of its range: less than all leaves room for what these few samples did not show
+#: a channel's factor is so much of its range: less than all leaves room for what the calibration data did not show
 POWER = 0.8
-#: least range of a channel beside the largest
-LEAST = 1e-4
+#: least range of a channel beside the largest; one that shows less may be rare, and would take the range from all others when it comes
+LEAST = 0.05
+#: least number of values of each channel that say how far it goes: of fewer, rare ones are not among them
+VALUES = 256
+#: standard deviations below its mean that a channel nearly always exceeds
+DEVIATIONS = 3.0
+#: standard deviations above its mean that a channel hardly ever exceeds
+RARE = 4.5
 #: least spread of a layer's factors: channels that are alike are left alone
 SPREAD = 1.2
 
@@ -54,33 +60,43 @@ class Pair:
     readers: tuple[fx.Node, ...]
     clipped: bool
 
+    @property
+    def made(self) -> fx.Node:
+        """What the maker and its normalization give."""
+        return self.maker if self.norm is None else self.norm
 
-def equalized(program: Program, layers: Collection[str], calls: Sequence[Call]) -> tuple[Program, tuple[str, ...]]:
-    """The program with other values of its tensors, which computes the same, and the activations that were changed.
+
+def equalized(program: Program, layers: Collection[str], calls: Sequence[Call]) -> tuple[Program, dict[str, tuple[str, ...]]]:
+    """The program with other values of its tensors, which computes the same; and address of each activation that was changed -> the layers
+    that make and read it.
 
     Args:
         program: with its batch normalizations, whose factors are changed in the place of the weights'.
         layers: addresses of the layers that are going to compute on integers: both sides of an activation must be among them.
-        calls: batches; the first samples are looked at.
+        calls: calibration batches.
     """
     pairs = [pair for pair in _pairs(program, layers) if _own(program, pair)]
     if not pairs:
-        return program, ()
+        return program, {}
     seen = _seen(program, pairs, calls)
-    tensors, changed = {name: t for name, t in program.tensors.items()}, []
+    tensors, changed = dict(program.tensors), dict[str, tuple[str, ...]]()
     for pair in pairs:
-        most, least = seen[pair.read.name]
-        top = float(most.max())
-        if not (top > 0 and math.isfinite(top)):
+        most = _reach(pair, seen)
+        if seen[pair.read.name].count < VALUES or not bool(torch.isfinite(most).all()):
             continue
-        most = most - _absorb(program, tensors, pair, least.clamp_min(0.0))
+        moved = _absorb(program, tensors, pair, seen[pair.read.name].always())
+        most = most - moved
         top = float(most.max())
-        factors = (most / top).clamp_min(LEAST) ** POWER
-        if float(factors.max() / factors.min()) < SPREAD:
-            continue
-        _divide(program, tensors, pair, factors)
-        changed.append(program.origins[pair.read.name].address)
-    return replace(program, tensors=tensors), tuple(changed)
+        factors = torch.ones_like(most)
+        if top > 0:
+            factors = torch.where(most > 0, (most / top).clamp_min(LEAST) ** POWER, factors)
+        spread = float(factors.max() / factors.min()) >= SPREAD
+        if spread:
+            _divide(program, tensors, pair, factors)
+        if spread or bool(moved.any()):
+            layers_of = (pair.maker, *pair.readers)
+            changed[program.origins[pair.read.name].address] = tuple(program.origins[node.name].address for node in layers_of)
+    return replace(program, tensors=tensors), changed
 
 
 def _pairs(program: Program, layers: Collection[str]) -> list[Pair]:
@@ -121,7 +137,10 @@ def _passes(user: fx.Node, at: fx.Node, maker: fx.Node) -> bool:
         return mode == "constant" and len(amounts) <= 2 * (values.dim() - 2) and not _value_of(user)
     if name in _TO_ROWS:  # one number for each channel, or still a picture of them
         before, after = shape_of(at), shape_of(user)
-        alone = math.prod(before[2:]) == 1 or name in ("adaptive_avg_pool1d", "adaptive_avg_pool2d", "mean")
+        if name == "mean":
+            dims = [d % len(before) for d in argument(user, 1) or range(len(before))]
+            return len(before) > 2 and min(dims) > 1
+        alone = math.prod(before[2:]) == 1 or name in ("adaptive_avg_pool1d", "adaptive_avg_pool2d")
         return alone and len(before) > 2 and after[:2] == before[:2] and math.prod(after[2:]) <= math.prod(before[2:])
     return name in _HOMOGENEOUS
 
@@ -138,7 +157,7 @@ def _reads(program: Program, user: fx.Node, at: fx.Node, layers: Collection[str]
     shape = tuple(program.tensors[str(weight_of(program, user))].shape)
     channels = shape_of(at)[-1 if family(user) == "linear" else 1]
     if family(user) == "linear":
-        return len(shape_of(at)) == 2 or shape[1] == channels
+        return shape[1] == channels
     groups = argument(user, 6, 1)
     return groups == 1 or (groups == channels == shape[0] and shape[1] == 1)
 
@@ -150,24 +169,75 @@ def _own(program: Program, pair: Pair) -> bool:
     named = [program.tensors[program.names[a.name]] for a in touched if isinstance(a, fx.Node)]
     alone = all(len(readers.get(id(tensor), ())) == 1 for tensor in named)
     scales = pair.norm is None or all(isinstance(a, fx.Node) for a in pair.norm.args[1:3])
-    channels = shape_of(pair.maker)[-1 if family(pair.maker) == "linear" else 1]
-    kind = shape_of(pair.read)[-1 if family(pair.readers[0]) == "linear" else 1]
-    return alone and scales and channels == kind and len({family(r) == "linear" for r in pair.readers}) == 1
+    rows = {family(r) == "linear" for r in pair.readers}
+    # a picture's channels are its second axis, those of rows and sequences the last: one of the two must be meant on both sides
+    same = rows == {family(pair.maker) == "linear"} or (rows == {True} and len(shape_of(pair.read)) == 2)
+    return alone and scales and same
 
 
-def _seen(program: Program, pairs: Sequence[Pair], calls: Sequence[Call]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Largest magnitude and least value of each channel of what the readers of a pair read, float64 ``[C]``."""
-    wanted = {pair.read.name: -1 if family(pair.readers[0]) == "linear" else 1 for pair in pairs}
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+@dataclass
+class _Channels:
+    """What was seen of each channel of an activation, float64 ``[C]``."""
+
+    most: Tensor
+    least: Tensor
+    total: Tensor
+    squares: Tensor
+    count: int
+
+    def deviation(self) -> Tensor:
+        """Standard deviation."""
+        return (self.squares / self.count - (self.total / self.count).square()).clamp_min(0.0).sqrt()
+
+    def rarely(self) -> Tensor:
+        """What a channel hardly ever exceeds."""
+        return self.total / self.count + RARE * self.deviation()
+
+    def always(self) -> Tensor:
+        """What a channel exceeds, nearly always: section 4.1.3's mean less three standard deviations, and never more than was seen."""
+        return torch.minimum(self.least, self.total / self.count - DEVIATIONS * self.deviation()).clamp_min(0.0)
+
+
+def _reach(pair: Pair, seen: Mapping[str, _Channels]) -> Tensor:
+    """How far each channel may go, ``[C]``: as far as was seen, and as a channel with its mean and deviation does now and then; before a
+    ReLU, too, so that one which is seldom above zero is not taken for one that is always small."""
+    read, before = seen[pair.read.name], seen[pair.made.name]
+    found = torch.maximum(read.most, read.rarely())
+    if pair.clipped:
+        found = torch.maximum(found, torch.maximum(before.rarely(), before.deviation()))
+    return torch.where(read.most > 0, found, torch.zeros_like(found))
+
+
+def _seen(program: Program, pairs: Sequence[Pair], calls: Sequence[Call]) -> dict[str, _Channels]:
+    """What the calibration data show of what the readers of each pair read."""
+    wanted = {pair.made.name: -1 if family(pair.maker) == "linear" else 1 for pair in pairs}
+    wanted |= {pair.read.name: -1 if family(pair.readers[0]) == "linear" else 1 for pair in pairs}
+    found: dict[str, _Channels] = {}
 
     def visit(node: fx.Node, value: Any, args: tuple[Any, ...]) -> Any:
-        if node.name in wanted:
-            lines = value.movedim(wanted[node.name], 0).flatten(1).double()
-            found[node.name] = lines.abs().amax(1), lines.amin(1)
+        if node.name not in wanted or not value.numel():
+            return value
+        lines = value.movedim(wanted[node.name], 0).flatten(1)
+        low, high = (x.double() for x in torch.aminmax(lines, dim=1))
+        one = _Channels(torch.maximum(high, -low), low, lines.sum(1).double(), lines.square().sum(1).double(), lines.shape[1])
+        old = found.get(node.name)
+        found[node.name] = (
+            one
+            if old is None
+            else _Channels(
+                torch.maximum(old.most, one.most),
+                torch.minimum(old.least, one.least),
+                old.total + one.total,
+                old.squares + one.squares,
+                old.count + one.count,
+            )
+        )
         return value
 
+    tensors = channels_last(program)
     with torch.no_grad():
-        interpret(program, program.graph, program.tensors, leading(program, calls)[0], visit)
+        for _, _, inputs in in_slices(program, calls, taken_whole(program, calls, {})):
+            interpret(program, program.graph, tensors, inputs, visit)
     return found
 
 

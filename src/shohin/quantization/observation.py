@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from shohin.evidence.histogram import Extremes
 from shohin.evidence.layer_rows import channel_axis
 from shohin.evidence.reach import reached
 from shohin.program import Program, call_inputs, family, interpret, joined_inputs
+from shohin.program.execute import apart
 from shohin.program.inputs import samples
 from shohin.program.program import shape_of
 from shohin.quantization.quantized import address_of
@@ -52,12 +54,14 @@ def observed(
     counted: int,
     masks: Mapping[str, Tensor],
     channels: Mapping[str, Channels],
+    whole: bool = False,
 ) -> tuple[dict[str, Observer], dict[str, tuple[Tensor, int]]]:
     """What watched the sites that have their own grid, and channel sums of every integer layer's output over the first ``counted`` samples.
 
     Args:
         masks: of these samples, see `row_masks`.
         channels: shown the activations of all calls; where there are masks, of these alone.
+        whole: see `taken_whole`; then ``counted`` ends with a call.
     """
     observers = {name: method.observer(address_of(program, name)) for name, method in methods.items()}
     means: dict[str, tuple[Tensor, int]] = {}
@@ -84,27 +88,42 @@ def observed(
             means[node.name] = (total, count) if before is None else (before[0] + total, before[1] + count)
         return value
 
-    whole = program.fixed or any(isinstance(o, Extremes) and o.momentum is not None for o in observers.values())
-    most, tensors = max(CACHED // largest_activation(program), 1), channels_last(program)
-    seen = 0
+    tensors = channels_last(program)
     with torch.no_grad():
-        for call in calls:
-            start = 0
-            while start < call.size:
-                stop = call.size if whole else min(start + most, call.size)
-                sums = seen < counted
-                if sums and not whole:
-                    stop = min(stop, start + counted - seen)
-                shown = max(OBSERVED * (stop - start) // call.size, 1)
-                inputs = tuple(map(_rows_last, samples(call_inputs(program, call), call.size, start, stop)))
-                seen, start = seen + stop - start, stop
-                for name, x in zip(program.inputs, inputs, strict=True):
-                    if name in observers:
-                        observe(observers[name], x, shown)
-                    if name in channels:
-                        channels[name].update(even_rows(x, None))
-                interpret(program, program.graph, tensors, inputs, visit)
+        for seen, share, inputs in in_slices(program, calls, whole, counted):
+            sums, shown = seen < counted, max(int(OBSERVED * share), 1)
+            for name, x in zip(program.inputs, inputs, strict=True):
+                if name in observers:
+                    observe(observers[name], x, shown)
+                if name in channels:
+                    channels[name].update(even_rows(x, None))
+            interpret(program, program.graph, tensors, inputs, visit)
     return observers, means
+
+
+def in_slices(program: Program, calls: Iterable[Call], whole: bool, counted: int = 0) -> Iterator[tuple[int, float, tuple[Any, ...]]]:
+    """Inputs of as many samples as fit `CACHED`, in order: how many came before, their share of the batch, and they.
+
+    Args:
+        whole: give whole batches, see `taken_whole`.
+        counted: no slice goes beyond the first so many samples.
+    """
+    most, seen = max(CACHED // largest_activation(program), 1), 0
+    for call in calls:
+        start = 0
+        while start < call.size:
+            stop = call.size if whole else min(start + most, call.size)
+            if seen < counted and not whole:
+                stop = min(stop, start + counted - seen)
+            inputs = samples(call_inputs(program, call), call.size, start, stop)
+            yield seen, (stop - start) / call.size, tuple(map(_rows_last, inputs))
+            seen, start = seen + stop - start, stop
+
+
+def taken_whole(program: Program, calls: Sequence[Call], methods: Mapping[str, Method]) -> bool:
+    """True if batches must not be cut: the model fixes their size or lets samples act on each other, or a range is of each batch."""
+    moving = any(isinstance(o, Extremes) and o.momentum is not None for o in (m.observer("") for m in methods.values()))
+    return moving or not apart(program, call_inputs(program, calls[0]), calls[0].size)
 
 
 def _rows_last(x: Any) -> Any:
@@ -118,11 +137,14 @@ def largest_activation(program: Program) -> int:
     return max(1, max((math.prod(shape_of(node)) // program.batch for node in tensors), default=1))
 
 
-def leading(program: Program, calls: Sequence[Call]) -> tuple[tuple[Any, ...], int]:
-    """The first samples, which go through each layer at once, and how many these are; all of the first call where the model fixes its size."""
+def leading(program: Program, calls: Sequence[Call], whole: bool = False) -> tuple[tuple[Any, ...], int]:
+    """The first samples, which go through each layer at once, and how many these are; with ``whole`` those of whole calls, at least one."""
     most = min(CORRECTED, max(NUMBERS // largest_activation(program), LEAST))
     if program.fixed:
         return call_inputs(program, calls[0]), calls[0].size
+    if whole:
+        ends = list(itertools.accumulate(call.size for call in calls))
+        most = max([end for end in ends if end <= most], default=ends[0])
     return joined_inputs(program, calls, most), min(most, sum(call.size for call in calls))
 
 

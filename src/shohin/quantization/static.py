@@ -19,7 +19,7 @@ from shohin.program.fold import CONVOLUTIONS
 from shohin.program.nodes import argument
 from shohin.quantization.biases import corrected, on_the_grid_of_sums
 from shohin.quantization.grids import fitted_grid
-from shohin.quantization.observation import leading, observed, range_methods, row_masks
+from shohin.quantization.observation import leading, observed, range_methods, row_masks, taken_whole
 from shohin.quantization.quantized import Quantized
 from shohin.quantization.sites import Sites, base, find_sites, integer_layers, quantizable
 from shohin.quantization.smoothing import GAIN, ROWS, Channels, read_as_floats, smoothable, smoothed
@@ -68,7 +68,8 @@ def quantize_program(
     if unknown:
         raise PlanError(f"{sorted(unknown)[0]!r} is not a convolution or linear layer with a weight of the model")
     methods = range_methods(folded.program, sites, ranges)
-    first, counted = leading(folded.program, calls)
+    whole = taken_whole(folded.program, calls, methods)
+    first, counted = leading(folded.program, calls, whole)
     masks = row_masks(folded.program, sites, first)
     ready = dict(snapped or {})
     smooth = {
@@ -77,7 +78,7 @@ def quantize_program(
         if smoothing and methods[site] is METHODS["mse"] and not ready.keys() & set(names)
     }
     channels = {site: Channels(-(-ROWS // len(calls))) for site in smooth}
-    observers, means = observed(folded.program, sites, calls, methods, counted, masks, channels)
+    observers, means = observed(folded.program, sites, calls, methods, counted, masks, channels, whole)
     chosen = {address: formats if isinstance(formats, Bits) else formats[address] for address in sites.layers}
     forms = activation_formats(folded.program, sites, chosen)
     activations = _activation_quantizers(sites, observers, methods, forms)

@@ -9,7 +9,7 @@ import torch
 from shohin.addresses import match
 from shohin.errors import PlanError
 from shohin.evidence.layers import LayerWeight, layer_weights
-from shohin.formats import BLOCK_FORMATS, FLOAT_FORMATS, Bits, Scheme, is_bits, is_scheme
+from shohin.formats import BLOCK_FORMATS, FLOAT_FORMATS, Bits, Scheme, is_bits, is_dynamic, is_scheme
 from shohin.program import Program, family
 from shohin.targets import Target
 from shohin.verbs.common import one_of
@@ -76,9 +76,9 @@ def chosen_formats(program: Program, format: str | Mapping[str, str], target: Ta
 
 
 def _check_shared(chosen: Mapping[str, str], weights: Mapping[str, LayerWeight]) -> None:
-    """Raises PlanError if layers that share a weight of few bits are in other formats."""
+    """Raises PlanError if layers that share a weight of few bits, or one beside ranges of the values at hand, are in other formats."""
     for address, form in chosen.items():
-        if is_scheme(form):
+        if is_scheme(form) or is_dynamic(form):
             for other, weight in weights.items():
                 if address in weights and weight.name == weights[address].name and chosen.get(other, "float32") != form:
                     raise PlanError(

@@ -125,7 +125,7 @@ def quantize(
             )
             raise DataError(f"{what} batches: give Data(train=loader)")
         calls = calibration(data, seed, samples) if data.has_batches else []
-        original, alike = program, tuple[str, ...]()
+        original, alike = program, dict[str, tuple[str, ...]]()
         if equalize and calls:
             named = {address for forms, _ in able for address, text in forms.items() if _is_static(text)}
             program, alike = equalized(program, named, calls)
@@ -155,14 +155,14 @@ def quantize(
             values = dict(zip(("float", "all", "kept"), kept.quality, strict=True))
             notes |= {"returned": kept.returned, "quality": values, "drop": str(drop)}
         if not chosen:  # what is not rounded stays as it came
-            program, alike = original, ()
+            program, alike = original, {}
             quantized = make({})
         if qat is not None:
-            quantized, told = _trained(program, quantized, data, qat, config, epochs, rule, seed, out)
+            quantized, told = _trained(program, original, quantized, data, qat, config, epochs, rule, seed, out)
             notes |= told
     if static:
         notes["ranges"] = ranges if isinstance(ranges, str) else dict(ranges)
-        notes["equalized"] = list(alike)
+        notes["equalized"] = [a for a, layers in alike.items() if all(_is_static(chosen.get(layer, "float32")) for layer in layers)]
         notes["smoothed"] = [a for a, q in quantized.by_address().items() if q.axis == -1]
     if any(map(is_scheme, chosen.values())):
         notes |= {"rounding": rounding, "scaled": [name for name, q in quantized.weights.items() if q.group and q.columns is not None]}
@@ -259,6 +259,7 @@ def _kept(
 
 def _trained(
     program: Program,
+    original: Program,
     quantized: Quantized,
     data: Data,
     qat: QAT,
@@ -271,7 +272,7 @@ def _trained(
     from shohin.pipeline.aware import settings, train_aware
     from shohin.verbs.distillation import fitting_loss
 
-    teacher = ProgramModule(program).eval()
+    teacher = ProgramModule(original).eval()
     loss = fitting_loss(teacher, next(data.calls("train")))
     path = None if out is None else Path(out) / CHECKPOINT
     if path is not None:
