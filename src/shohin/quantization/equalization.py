@@ -31,6 +31,8 @@ POWER = 0.8
 LEAST = 0.05
 #: least number of values of each channel that say how far it goes: of fewer, rare ones are not among them
 VALUES = 256
+#: samples, and values of each channel, after which no more are looked at
+SAMPLES, ENOUGH = 32, 1024
 #: standard deviations below its mean that a channel nearly always exceeds
 DEVIATIONS = 3.0
 #: standard deviations above its mean that a channel hardly ever exceeds
@@ -73,7 +75,7 @@ def equalized(program: Program, layers: Collection[str], calls: Sequence[Call]) 
     Args:
         program: with its batch normalizations, whose factors are changed in the place of the weights'.
         layers: addresses of the layers that are going to compute on integers: both sides of an activation must be among them.
-        calls: calibration batches.
+        calls: calibration batches; as many samples are looked at as `SAMPLES` and `ENOUGH` say.
     """
     pairs = [pair for pair in _pairs(program, layers) if _own(program, pair)]
     if not pairs:
@@ -236,7 +238,9 @@ def _seen(program: Program, pairs: Sequence[Pair], calls: Sequence[Call]) -> dic
 
     tensors = channels_last(program)
     with torch.no_grad():
-        for _, _, inputs in in_slices(program, calls, taken_whole(program, calls, {})):
+        for before, _, inputs in in_slices(program, calls, taken_whole(program, calls, {})):
+            if before >= SAMPLES and all(channels.count >= ENOUGH for channels in found.values()):
+                break
             interpret(program, program.graph, tensors, inputs, visit)
     return found
 

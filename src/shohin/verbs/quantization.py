@@ -69,7 +69,7 @@ def quantize(
             by the error of those layers). Only where it helps, and where ``ranges`` says "mse". The same for linear layers with weight
             schemes, there to round finely what large activations multiply (AWQ, Lin et al. 2023), with "gptq", "adaround" and "descent".
         equalize: make channels of an activation alike that a layer makes and only layers read, by factors that these layers' weights take
-            (cross-layer equalization, Nagel et al. 2019), where all of them compute on integers. In floats the model stays the same.
+            (cross-layer equalization, Nagel et al. 2019), where all of them compute on integers. On the calibration data floats stay the same.
         rounding: of weights beside float activations, and of those with less than 7 bits beside integers: "nearest" and "hqq" (neither
             needs data), "gptq", "adaround", "descent" (GPTQ, then scales and codes in turn), or "auto": "descent" where ``data`` has batches, else
             "nearest". What is trained begins with the weights as they are.
