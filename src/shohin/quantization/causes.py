@@ -28,11 +28,11 @@ def unlike_training(program: Program, calls: Sequence[Call]) -> dict[str, str]:
     Args:
         program: whose batch normalizations are not folded.
     """
-    own, means = norms(program), dict[str, list[Tensor]]()
+    own, means = norms(program), dict[str, Tensor]()
 
     def feed(node: fx.Node, args: tuple[Any, ...]) -> tuple[Any, ...]:
         if node.name in own:
-            means.setdefault(node.name, []).append(moments_along(args[0], 1)[0])
+            means[node.name] = moments_along(args[0], 1)[0]
         return args
 
     with torch.no_grad():
@@ -44,7 +44,7 @@ def unlike_training(program: Program, calls: Sequence[Call]) -> dict[str, str]:
         if source is None or weight_of(program, source) is None:
             continue
         mean, variance = (program.tensors[name].detach().double() for name in own[node.name])
-        away = ((torch.stack(means[node.name]).mean(0) - mean).abs() / variance.clamp_min(1e-12).sqrt()).mean()
+        away = ((means[node.name] - mean).abs() / variance.clamp_min(1e-12).sqrt()).mean()
         if float(away) > DRIFT:
             found[program.origins[source.name].address] = (
                 f"the calibration data are not like those that its batch normalization has seen: its channels' means lie {float(away):.1f} "

@@ -23,7 +23,7 @@ from shohin.program.fold import CONVOLUTIONS
 from shohin.program.nodes import argument
 from shohin.program.program import shape_of
 from shohin.quantization.observation import channels_last, in_slices, taken_whole
-from shohin.quantization.sites import IDENTITY, PADS, weight_of
+from shohin.quantization.sites import IDENTITY, PADS, is_zero_pad, weight_of
 
 #: a channel's factor is so much of its range: less than all leaves room for what the calibration data did not show
 POWER = 0.8
@@ -77,7 +77,8 @@ def equalized(program: Program, layers: Collection[str], calls: Sequence[Call]) 
         layers: addresses of the layers that are going to compute on integers: both sides of an activation must be among them.
         calls: calibration batches; as many samples are looked at as `SAMPLES` and `ENOUGH` say.
     """
-    pairs = [pair for pair in _pairs(program, layers) if _own(program, pair)]
+    readers = tensor_readers(program)
+    pairs = [pair for pair in _pairs(program, layers) if _own(program, pair, readers)]
     if not pairs:
         return program, {}
     seen = _seen(program, pairs, calls)
@@ -134,9 +135,7 @@ def _passes(user: fx.Node, at: fx.Node, maker: fx.Node) -> bool:
     if family(maker) == "linear":
         return name in ("relu", "leaky_relu") or name in IDENTITY
     if name in PADS:
-        amounts: Any = argument(user, 1)
-        mode = argument(user, 2, "constant") if name == "pad" else "constant"
-        return mode == "constant" and len(amounts) <= 2 * (values.dim() - 2) and not _value_of(user)
+        return is_zero_pad(user) and len(argument(user, 1)) <= 2 * (values.dim() - 2)
     if name in _TO_ROWS:  # one number for each channel, or still a picture of them
         before, after = shape_of(at), shape_of(user)
         if name == "mean":
@@ -145,11 +144,6 @@ def _passes(user: fx.Node, at: fx.Node, maker: fx.Node) -> bool:
         alone = math.prod(before[2:]) == 1 or name in ("adaptive_avg_pool1d", "adaptive_avg_pool2d")
         return alone and len(before) > 2 and after[:2] == before[:2] and math.prod(after[2:]) <= math.prod(before[2:])
     return name in _HOMOGENEOUS
-
-
-def _value_of(pad: fx.Node) -> Any:
-    value = argument(pad, 3 if family(pad) == "pad" else 2)
-    return value if value is not None else pad.kwargs.get("value")
 
 
 def _reads(program: Program, user: fx.Node, at: fx.Node, layers: Collection[str]) -> bool:
@@ -164,9 +158,8 @@ def _reads(program: Program, user: fx.Node, at: fx.Node, layers: Collection[str]
     return groups == 1 or (groups == channels == shape[0] and shape[1] == 1)
 
 
-def _own(program: Program, pair: Pair) -> bool:
+def _own(program: Program, pair: Pair, readers: Mapping[int, Sequence[Any]]) -> bool:
     """True if nothing else reads what would be changed."""
-    readers = tensor_readers(program)
     touched = [*pair.maker.args[1:3], *(() if pair.norm is None else pair.norm.args[1:5]), *(r.args[1] for r in pair.readers)]
     named = [program.tensors[program.names[a.name]] for a in touched if isinstance(a, fx.Node)]
     alone = all(len(readers.get(id(tensor), ())) == 1 for tensor in named)
@@ -247,13 +240,16 @@ def _seen(program: Program, pairs: Sequence[Pair], calls: Sequence[Call]) -> dic
 
 def _divide(program: Program, tensors: dict[str, Tensor], pair: Pair, factors: Tensor) -> None:
     """Divides what the maker gives by the factors, and multiplies the readers' weights by them."""
-    held = pair.maker.args[1:3] if pair.norm is None else pair.norm.args[1:3]
-    for argument_ in held:
+    for argument_ in pair.made.args[1:3]:
         if isinstance(argument_, fx.Node):
             _scale(tensors, program.names[argument_.name], 1 / factors, 0)
     for reader in pair.readers:
         name = str(weight_of(program, reader))
-        _scale(tensors, name, factors, 0 if family(reader) in CONVOLUTIONS and argument(reader, 6, 1) > 1 else 1)
+        _scale(tensors, name, factors, 0 if _depthwise(reader) else 1)
+
+
+def _depthwise(reader: fx.Node) -> bool:
+    return family(reader) in CONVOLUTIONS and argument(reader, 6, 1) > 1
 
 
 def _scale(tensors: dict[str, Tensor], name: str, factors: Tensor, axis: int) -> None:
@@ -269,17 +265,16 @@ def _absorb(program: Program, tensors: dict[str, Tensor], pair: Pair, amount: Te
     Nothing is moved where zeros are padded to it, which would no longer be zeros, or where there is no place for it.
     """
     none = torch.zeros_like(amount)
-    bias = argument(pair.maker, 2) if pair.norm is None else argument(pair.norm, 2)
+    bias = argument(pair.made, 2)
     places = [_place(program, reader) for reader in pair.readers]
     if not pair.clipped or not bool(amount.max() > 0) or not isinstance(bias, fx.Node) or None in places:
         return none
     name = program.names[bias.name]
     tensors[name] = (tensors[name].detach().double() - amount).to(tensors[name].dtype)
     for reader, place in zip(pair.readers, places, strict=True):
-        weight = tensors[str(weight_of(program, reader))].detach().double().flatten(2).sum(-1) if family(reader) in CONVOLUTIONS else None
-        weight = tensors[str(weight_of(program, reader))].detach().double() if weight is None else weight
-        one_each = family(reader) in CONVOLUTIONS and argument(reader, 6, 1) > 1
-        moved = weight[:, 0] * amount if one_each else weight @ amount
+        weight = tensors[str(weight_of(program, reader))].detach().double()
+        weight = weight.flatten(2).sum(-1) if weight.dim() > 2 else weight
+        moved = weight[:, 0] * amount if _depthwise(reader) else weight @ amount
         target, sign = place  # type: ignore[misc]
         tensors[target] = (tensors[target].detach().double() + sign * moved).to(tensors[target].dtype)
     return amount

@@ -104,7 +104,7 @@ def find_sites(program: Program, layers: set[str]) -> Sites:
             chosen[program.origins[node.name].address] = program.names[args[1].name]
             source = base(args[0])
             grids[source.name] = source.name
-            while _is_zero_pad(source):  # zeros are on every grid, and runtimes fuse the padding into the convolution
+            while is_zero_pad(source):  # zeros are on every grid, and runtimes fuse the padding into the convolution
                 args = source.args
                 source = base(args[0])
                 grids[source.name] = source.name
@@ -156,7 +156,7 @@ def _made_of_integers(program: Program, node: fx.Node, grids: Mapping[str, str],
     if name in FUSED:
         source: Any = node.args[0]
         return _made_of_integers(program, base(source), grids, layers)
-    if name in JOINS or name in POOLS or name in MOVES or _is_zero_pad(node):
+    if name in JOINS or name in POOLS or name in MOVES or is_zero_pad(node):
         tensors = _tensors(program, node)
         return len(tensors) == _operands(node) and all(base(t).name in grids for t in tensors)
     return False
@@ -173,7 +173,7 @@ def _readers(program: Program, node: fx.Node, grids: Mapping[str, str], layers: 
             waiting.extend(user.users)
             continue
         layer = _is_layer(program, user) and program.origins[user.name].address in layers and base(user.args[0]) is node  # type: ignore[arg-type]
-        other = family(user) in JOINS | POOLS | MOVES or _is_zero_pad(user)
+        other = family(user) in JOINS | POOLS | MOVES or is_zero_pad(user)
         if layer or (other and {user.name, activated(user).name} & grids.keys()):
             found.add(user.name)
     return frozenset(found)
@@ -243,7 +243,7 @@ def activated(node: fx.Node) -> fx.Node:
     return node
 
 
-def _is_zero_pad(node: fx.Node) -> bool:
+def is_zero_pad(node: fx.Node) -> bool:
     """Constant padding with zeros."""
     args: Any = node.args
     if node.op != "call_function" or family(node) not in PADS:
@@ -254,7 +254,7 @@ def _is_zero_pad(node: fx.Node) -> bool:
 
 
 def _root(node: fx.Node, grids: Mapping[str, str]) -> str:
-    while node.op == "call_function" and (family(node) in MOVES or _is_zero_pad(node)):
+    while node.op == "call_function" and (family(node) in MOVES or is_zero_pad(node)):
         source: Any = node.args[0]
         source = base(source)
         if source.name not in grids:
