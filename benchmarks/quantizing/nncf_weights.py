@@ -1,7 +1,6 @@
 """NNCF's weight compression of an exported PyTorch program in OpenVINO, in an environment of its own: ``python nncf_weights.py FILE WAY BATCHES TEXTS OUT``.
 
-BATCHES: an npz of calibration batches ("ids0", "mask0", ...). TEXTS: an npz of batches to embed. OUT: an npz of their embeddings in
-OpenVINO, computed in float32, with the bytes of the compressed weights file. It imports nothing of Shohin.
+BATCHES: an npz of calibration batches ("0:input_ids", ...). TEXTS: an npz of batches to answer. OUT: an npz of the answers in OpenVINO, computed in float32, with the bytes of the compressed weights file. It imports nothing of Shohin.
 """
 
 import json
@@ -27,8 +26,11 @@ WAYS = {
 
 def batches(path: str) -> list[dict[str, np.ndarray]]:
     """The batches of an npz, in order."""
-    held = np.load(path)
-    return [{"input_ids": held[f"ids{i}"], "attention_mask": held[f"mask{i}"]} for i in range(len(held.files) // 2)]
+    held, out = np.load(path), {}
+    for name in held.files:
+        number, _, own = name.partition(":")
+        out.setdefault(int(number), {})[own] = held[name]
+    return [out[i] for i in sorted(out)]
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -54,11 +55,44 @@ class Vectors(nn.Module):
         return torch.from_numpy(np.array(self._run({"input_ids": input_ids.numpy(), "attention_mask": attention_mask.numpy()})))
 
 
-def in_onnxruntime(path: Path) -> nn.Module:
-    """The file in ONNX Runtime, with one thread."""
+def session(path: Path) -> Callable[..., torch.Tensor]:
+    """The file in ONNX Runtime, with one thread: its arguments by name to its first output."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return Vectors(lambda inputs: session.run(None, dict(inputs))[0])
+    held = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda **inputs: torch.from_numpy(held.run(None, {name: t.numpy() for name, t in inputs.items()})[0])
+
+
+def in_onnxruntime(path: Path) -> nn.Module:
+    """The file of an encoder in ONNX Runtime."""
+    run = session(path)
+    return Vectors(lambda inputs: run(**{name: torch.from_numpy(value) for name, value in inputs.items()}).numpy())
+
+
+def few_bits(source: Path, path: Path, way: str, layers: int, group: int) -> tuple[float, int]:
+    """ONNX Runtime's own quantizer of matrix products ("nearest, int4", "nearest, uint4" or "hqq, uint4"): processor seconds, and bytes of the weights.
+
+    Raises:
+        SystemExit: if it quantizes another number of layers.
+    """
+    import onnx
+    from onnxruntime.quantization import matmul_nbits_quantizer as own
+
+    own.logger.setLevel("WARNING")
+    began = time.process_time()
+    options = {"block_size": group, "is_symmetric": way == "nearest, int4"}
+    settings = (
+        own.HQQWeightOnlyQuantConfig(block_size=group, bits=4) if way == "hqq, uint4" else own.DefaultWeightOnlyQuantConfig(**options)
+    )
+    quantizer = own.MatMulNBitsQuantizer(onnx.load(str(source)), **options, algo_config=settings)
+    quantizer.process()
+    seconds = time.process_time() - began
+    done = quantizer.model.model
+    nodes = [node for node in done.graph.node if node.op_type == "MatMulNBits"]
+    if len(nodes) != layers:
+        raise SystemExit(f"ONNX Runtime quantized {len(nodes)} layers, not {layers}")
+    onnx.save(done, str(path))
+    held = {i.name: len(i.raw_data) for i in done.graph.initializer}  # its HQQ has float zero points
+    return seconds, sum(held[name] for node in nodes for name in node.input[1:])

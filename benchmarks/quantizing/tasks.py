@@ -23,6 +23,7 @@ from cutting.originals import ORIGINALS
 from distilling.corpus import documents, texts, word_pairs
 from distilling.judging import Evaluation, similarities
 from distilling.minilm import load_teacher, padded, tokenized
+from quantizing.decoders import byte_windows, news_windows, small, smollm2
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
 
@@ -42,7 +43,7 @@ class Task:
         model: trained, in eval mode.
         learned: batches to learn from.
         asked: batches to answer.
-        judge: of the answers ``[N, K]`` and the original's: figures by name; "snr" is the signal-to-noise ratio in dB.
+        judge: of the answers ``[N, K]``, of language models ``[N, T, K]``, and the original's: figures by name; "snr" is the signal-to-noise ratio in dB.
         transformer: as some peers must be told.
     """
 
@@ -61,7 +62,7 @@ def snr(found: Answers, wanted: Answers) -> float:
 
 
 def answers(run: Callable[..., Tensor], asked: Sequence[Mapping[str, Tensor]]) -> Answers:
-    """What a callable with the model's signature says: ``[N, K]``."""
+    """What a callable with the model's signature says."""
     with torch.no_grad():
         return np.concatenate([run(**batch).double().numpy() for batch in asked])
 
@@ -147,12 +148,41 @@ def _texts() -> Task:
     return Task("minilm", load_teacher, learned, asked, judge, transformer=True)
 
 
+def _decoder(name: str) -> Task:
+    """A language model: the distance of its logits on held-out windows, and what that does to the next token."""
+    make, read = {"decoder": (small, byte_windows), "smollm2": (smollm2, news_windows)}[name]
+
+    def batches(part: int, count: int, size: int) -> list[Batch]:
+        return [{"input_ids": rows} for rows in read()[part][:count].split(size)]
+
+    def asked() -> list[Batch]:
+        return batches(1, 16, 2)
+
+    def judge(found: Answers, wanted: Answers) -> dict[str, float]:
+        logs = [F.log_softmax(torch.from_numpy(v), -1).flatten(0, -2) for v in (found, wanted)]
+        ids = torch.cat([batch["input_ids"] for batch in asked()])
+        following = ids[:, 1:].flatten()
+        mine, theirs = (log.unflatten(0, ids.shape)[:, :-1].flatten(0, 1) for log in logs)
+        nats = [float(F.nll_loss(log, following)) for log in (mine, theirs)]
+        apart = float((theirs.exp() * (theirs - mine)).sum(-1).mean())
+        return {
+            **_classes(found.reshape(-1, found.shape[-1]), wanted.reshape(-1, wanted.shape[-1])),
+            "divergence": apart,
+            "nats": nats[0],
+            "nats_drop": nats[0] - nats[1],
+        }
+
+    return Task(name, make, lambda: batches(0, 64, 4), asked, judge, transformer=True)
+
+
 TASKS: dict[str, Callable[[], Task]] = {
     "smartwatch": lambda: _original("smartwatch"),
     "resnet20": lambda: _original("resnet20"),
     "mobilenetv2": lambda: _original("mobilenetv2"),
     "efficientnet_lite0": _photos,
     "minilm": _texts,
+    "decoder": lambda: _decoder("decoder"),
+    "smollm2": lambda: _decoder("smollm2"),
 }
 
 

@@ -1,7 +1,8 @@
 """4-bit weights by Neural Compressor and torchao, in PyTorch, in an environment of its own: ``python torch_weights.py FOLDER WAY BATCHES TEXTS OUT``.
 
-FOLDER: with the encoder's ``config.json`` and ``model.safetensors``. BATCHES: an npz of calibration batches ("ids0", "mask0", ...). TEXTS: an
-npz of batches to embed. OUT: an npz of their embeddings, computed with the weights that each tool decodes. It imports nothing of Shohin.
+FOLDER: with the encoder's ``config.json`` and ``model.safetensors``; or "decoder", the small language model. BATCHES: an npz of calibration
+batches ("0:input_ids", ...). TEXTS: an npz of batches to answer. OUT: an npz of the answers, computed with the weights that each tool
+decodes. It imports nothing of Shohin.
 """
 
 import contextlib
@@ -36,11 +37,11 @@ TORCHAO = {
 
 def batches(path: str) -> list[dict[str, torch.Tensor]]:
     """The batches of an npz, in order."""
-    held = np.load(path)
-    return [
-        {"input_ids": torch.from_numpy(held[f"ids{i}"]), "attention_mask": torch.from_numpy(held[f"mask{i}"])}
-        for i in range(len(held.files) // 2)
-    ]
+    held, out = np.load(path), {}
+    for name in held.files:
+        number, _, own = name.partition(":")
+        out.setdefault(int(number), {})[own] = torch.from_numpy(held[name])
+    return [out[i] for i in sorted(out)]
 
 
 def embedded(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> np.ndarray:
@@ -50,14 +51,28 @@ def embedded(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> np.ndarr
     return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1).float().numpy()
 
 
+def encoder(folder: str):
+    """MiniLM, and how it answers."""
+    model = BertModel(BertConfig.from_json_file(str(Path(folder) / "config.json")), add_pooling_layer=False).eval()
+    model.load_state_dict(load_file(str(Path(folder) / "model.safetensors")), strict=False)
+    model.name_or_path = model.config._name_or_path = folder  # or Neural Compressor asks the hub for it
+    return model, embedded
+
+
+def decoder():
+    """The language model that is trained here, and how it answers."""
+    sys.path.append(str(Path(__file__).parents[1]))
+    from quantizing.decoders import small
+
+    return small(), lambda model, batch: model(**batch).float().numpy()
+
+
 def main() -> None:
     """The command."""
     folder, way, learned, asked, out = sys.argv[1:]
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    model = BertModel(BertConfig.from_json_file(str(Path(folder) / "config.json")), add_pooling_layer=False).eval()
-    model.load_state_dict(load_file(str(Path(folder) / "model.safetensors")), strict=False)
-    model.name_or_path = model.config._name_or_path = folder  # or Neural Compressor asks the hub for it
+    model, answer = decoder() if folder == "decoder" else encoder(folder)
     began = time.process_time()
     if way in TORCHAO:
         quantize_(model, TORCHAO[way])
@@ -68,7 +83,7 @@ def main() -> None:
                 model(**batch)
         model = convert(model)
     seconds = time.process_time() - began
-    np.savez(out, **{f"v{i}": embedded(model, batch) for i, batch in enumerate(batches(asked))})
+    np.savez(out, **{f"v{i}": answer(model, batch) for i, batch in enumerate(batches(asked))})
     print(json.dumps({"seconds": round(seconds, 1)}))
 
 

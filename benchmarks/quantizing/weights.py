@@ -25,7 +25,8 @@ import shohin
 from cutting.texts import TEXTS, Judges, calibration, moved
 from distilling.corpus import file, texts
 from distilling.minilm import embed, evaluated, load_teacher
-from quantizing.onnx_text import Vectors, captured, exported, in_onnxruntime
+from quantizing.onnx_text import Vectors, captured, exported, few_bits, in_onnxruntime
+from quantizing.tasks import packed
 from records import HERE, Record, interpreter
 from shohin.run import write_atomic
 
@@ -41,10 +42,14 @@ Found = tuple[nn.Module, float, int]
 """A module that embeds texts, processor seconds, and bytes of the 36 weights."""
 
 
-def packed_bytes(zero_points: bool, scale_bits: int = 32) -> int:
-    """Of the 36 weights of MiniLM: codes, scales and zero points."""
-    weights = 6 * (4 * 384 * 384 + 2 * 384 * 1536)
+def scheme_bytes(weights: int, zero_points: bool, scale_bits: int = 32) -> int:
+    """Of so many weights: codes, scales and zero points."""
     return (weights * 4 + weights // GROUP * (scale_bits + 4 * zero_points)) // 8
+
+
+def packed_bytes(zero_points: bool, scale_bits: int = 32) -> int:
+    """Of the 36 weights of MiniLM."""
+    return scheme_bytes(6 * (4 * 384 * 384 + 2 * 384 * 1536), zero_points, scale_bits)
 
 
 def ours(teacher: nn.Module, data: shohin.Data, rounding: str, kind: str) -> Found:
@@ -64,26 +69,8 @@ def ours(teacher: nn.Module, data: shohin.Data, rounding: str, kind: str) -> Fou
 
 def onnxruntime(teacher: nn.Module, data: shohin.Data, way: str, folder: Path) -> Found:
     """ONNX Runtime's own quantizer of matrix products: round to nearest, symmetric or not, or HQQ."""
-    import onnx
-    from onnxruntime.quantization import matmul_nbits_quantizer as own
-
-    own.logger.setLevel("WARNING")
-    path = exported(teacher, folder / "float.onnx")
-    began = time.process_time()
-    options = {"block_size": GROUP, "is_symmetric": way == "nearest, int4"}
-    settings = (
-        own.HQQWeightOnlyQuantConfig(block_size=GROUP, bits=4) if way == "hqq, uint4" else own.DefaultWeightOnlyQuantConfig(**options)
-    )
-    quantizer = own.MatMulNBitsQuantizer(onnx.load(str(path)), **options, algo_config=settings)
-    quantizer.process()
-    seconds = time.process_time() - began
-    done = quantizer.model.model
-    nodes = [node for node in done.graph.node if node.op_type == "MatMulNBits"]
-    if len(nodes) != 36:
-        raise SystemExit(f"ONNX Runtime quantized {len(nodes)} layers, not 36")
-    onnx.save(done, str(folder / "few.onnx"))
-    held = {i.name: len(i.raw_data) for i in done.graph.initializer}  # its HQQ has float zero points
-    return in_onnxruntime(folder / "few.onnx"), seconds, sum(held[name] for node in nodes for name in node.input[1:])
+    seconds, size = few_bits(exported(teacher, folder / "float.onnx"), folder / "few.onnx", way, 36, GROUP)
+    return in_onnxruntime(folder / "few.onnx"), seconds, size
 
 
 class _Asked(nn.Module):
@@ -91,11 +78,11 @@ class _Asked(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.batches: list[dict[str, np.ndarray[Any, Any]]] = []
+        self.batches: list[dict[str, Tensor]] = []
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Zeros."""
-        self.batches.append({"ids": input_ids.numpy(), "mask": attention_mask.numpy()})
+        self.batches.append({"input_ids": input_ids, "attention_mask": attention_mask})
         return torch.zeros(len(input_ids), 384)
 
 
@@ -118,9 +105,8 @@ def _elsewhere(
     environment: str, script: str, what: Sequence[str], data: shohin.Data, folder: Path, asked: Sequence[Any]
 ) -> tuple[nn.Module, float]:
     """What a script in another environment answers to all that will be asked, and its processor seconds."""
-    learned = [{"ids": b["input_ids"].numpy(), "mask": b["attention_mask"].numpy()} for b in data.train or ()]
-    for name, batches in (("learned", learned), ("asked", asked)):
-        np.savez(folder / f"{name}.npz", **{f"{key}{i}": value for i, batch in enumerate(batches) for key, value in batch.items()})
+    for name, batches in (("learned", list(data.train or ())), ("asked", asked)):
+        np.savez(folder / f"{name}.npz", **packed(batches))
     places = (str(folder / f"{n}.npz") for n in ("learned", "asked", "out"))
     command = [interpreter(environment), str(Path(__file__).with_name(script)), *what, *places]
     done = subprocess.run(command, capture_output=True, text=True)

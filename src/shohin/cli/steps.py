@@ -82,6 +82,7 @@ Rounding = Annotated[
 ]
 Smoothing = Annotated[bool, typer.Option("--smoothing/--no-smoothing", help="Of int8 activations whose channels differ much.")]
 Equalize = Annotated[bool, typer.Option("--equalize/--no-equalize", help="Channels between int8 layers that only layers read.")]
+Rotate = Annotated[bool, typer.Option("--rotate/--no-rotate", help="Channels of residual streams, so that none stands out.")]
 Train = Annotated[
     str,
     typer.Option(
@@ -221,6 +222,7 @@ def quantize(
     ranges: Ranges = "mse",
     smoothing: Smoothing = True,
     equalize: Equalize = True,
+    rotate: Rotate = True,
     rounding: Rounding = "auto",
     drop: Drop = None,
     recover: Train = "none",
@@ -261,6 +263,7 @@ def quantize(
             ranges=ranges,
             smoothing=smoothing,
             equalize=equalize,
+            rotate=rotate,
             rounding=rounding,
             drop=drop,
             recover=QAT(learn) if recover == "qat" else recover if trains else None,  # type: ignore[arg-type]

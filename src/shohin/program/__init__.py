@@ -1,7 +1,7 @@
 """The model as a program: capture, provenance, fingerprint, execution."""
 
 from shohin.program.capture import capture
-from shohin.program.copies import structural_copy
+from shohin.program.copies import structural_copy, untie
 from shohin.program.execute import ProgramModule, call_inputs, interpret, joined_inputs, restore_outputs
 from shohin.program.fold import Folded, fold, unfold_state, with_graph
 from shohin.program.inputs import call_of
@@ -30,6 +30,7 @@ __all__ = [
     "shape_of",
     "structural_copy",
     "unfold_state",
+    "untie",
     "user_line",
     "with_graph",
 ]

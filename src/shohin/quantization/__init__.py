@@ -7,6 +7,7 @@ from shohin.quantization.fallback import fewest_returned
 from shohin.quantization.floats import is_float_form, needs_scale
 from shohin.quantization.layers import quantize_layers
 from shohin.quantization.quantized import Quantized
+from shohin.quantization.rotation import rotated, rotation
 from shohin.quantization.simulate import simulate
 from shohin.quantization.sites import Sites, find_sites, quantizable
 from shohin.quantization.static import placeholder, quantize_program, weight_quantizer
@@ -32,6 +33,8 @@ __all__ = [
     "quantize_layers",
     "quantize_program",
     "quantize_weights",
+    "rotated",
+    "rotation",
     "simulate",
     "tables",
     "weight_quantizer",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ def quantize(
     ranges: str | Mapping[str, str] = "mse",
     smoothing: bool = True,
     equalize: bool = True,
+    rotate: bool = True,
     rounding: str = "auto",
     samples: int = 512,
     sensitivity: str = "fisher",
@@ -70,6 +72,9 @@ def quantize(
             schemes, there to round finely what large activations multiply (AWQ, Lin et al. 2023), with "gptq", "adaround" and "descent".
         equalize: make channels of an activation alike that a layer makes and only layers read, by factors that these layers' weights take
             (cross-layer equalization, Nagel et al. 2019), where all of them compute on integers. On the calibration data floats stay the same.
+        rotate: mix the channels of residual streams, and of the values in attention, by an orthogonal matrix that the weights around them take,
+            so that none stands out (QuaRot, Ashkboos et al. 2024): transformers with their normalization before attention. Floats stay the
+            same, and the file computes nothing more.
         rounding: of weights beside float activations, and of those with less than 7 bits beside integers: "nearest" and "hqq" (neither
             needs data), "gptq", "adaround", "descent" (GPTQ, then scales and codes in turn), or "auto": "descent" where ``data`` has batches, else
             "nearest". What is trained begins with the weights as they are.
@@ -95,7 +100,7 @@ def quantize(
             if an activation on them is NaN or Inf, or if ``drop`` is given and quality cannot be told. BudgetError: if ``drop`` cannot be
             read. RunError: if there is a file where ``out`` should be a folder, or another training's checkpoint in it.
     """
-    from shohin.quantization import equalized, is_float_form, quantize_layers
+    from shohin.quantization import quantize_layers
     from shohin.quantization.sensitivity import MEASURES
 
     goal = None if target is None else get_target(target)
@@ -109,69 +114,105 @@ def quantize(
     if allowed is not None and data.metric is None and not (data.has_batches and data.has_labels and data.loss is None):
         raise DataError("drop needs a quality to keep: give batches with integer targets, or Data(metric=(run) -> float)")
     with seeded(checked(data), seed):
-        program = capture(model, data.example())
+        original = capture(model, data.example())
         wanted = [format] if isinstance(format, (str, Mapping)) else [text for text in format if text != "float32"]
-        able = [chosen_formats(program, text, goal) for text in wanted]
-        chosen, left = able[0]
-        static = any(map(_is_static, chosen.values()))
-        floats = sorted({text for text in chosen.values() if is_float_form(text)})
-        if floats and (qat is not None or allowed is not None):
-            raise PlanError(f"{floats[0]!r} is only simulated: neither recover= nor drop= can go with it")
-        if qat is not None and (moving := next(filter(is_dynamic, chosen.values()), None)) is not None:
-            raise PlanError(f"{moving!r} has no ranges that could be trained: ask for {moving.removesuffix(' dynamic')!r} with recover=")
-        if (static or qat is not None or limits is not None) and not data.has_batches:
-            what = (
-                "static quantization needs calibration" if static else "a budget needs" if qat is None else "recover='qat' needs training"
-            )
-            raise DataError(f"{what} batches: give Data(train=loader)")
+        able = [chosen_formats(original, text, goal) for text in wanted]
+        _check_data(able[0][0], data, qat, allowed, limits)
         calls = calibration(data, seed, samples) if data.has_batches else []
-        original, alike = program, dict[str, tuple[str, ...]]()
-        if equalize and calls:
-            named = {address for forms, _ in able for address, text in forms.items() if _is_static(text)}
-            program, alike = equalized(program, named, calls)
+        ready = _prepared(original, [forms for forms, _ in able], calls, equalize, rotate, seed)
         rule = None if goal is None else goal.least_scale()
         begin = "nearest" if qat is not None else rounding  # a training begins with the weights as they are
         options: dict[str, Any] = {"rounding": begin, "ranges": ranges, "smoothing": smoothing, "least_scale": rule, "seed": seed}
 
         def make(formats: Mapping[str, str], calls: Sequence[Call] = calls, plainly: bool = False) -> Quantized:
-            return quantize_layers(program, calls, formats, **options, plainly=plainly)
+            return quantize_layers(ready.program, calls, formats, **options, plainly=plainly)
 
-        notes: dict[str, Any] = {"format": dict(format) if isinstance(format, Mapping) else format}
-        metrics = Metrics()
+        metrics, told = Metrics(), dict[str, Any]()
+        chosen, left = able[0]
         if limits is not None and goal is not None:
             from shohin.pipeline.mixed import mixed
 
             options_of = {str(text): forms for text, (forms, _) in zip(wanted, able, strict=True)}
             quick, example = partial(make, plainly=True), data.example()
-            found = mixed(program, calls, options_of, make, quick, goal, limits, example, measure=sensitivity, seed=seed)
-            quantized, chosen, metrics = found.quantized, found.formats, found.metrics
-            static = any(map(_is_static, chosen.values()))
-            notes |= found.notes
+            found = mixed(ready.program, calls, options_of, make, quick, goal, limits, example, measure=sensitivity, seed=seed)
+            quantized, chosen, metrics, told = found.quantized, found.formats, found.metrics, dict(found.notes)
         elif allowed is None:
             quantized = make(chosen)
         else:
-            kept = _kept(program, data, calls, chosen, make, allowed, data.quality(ProgramModule(original)), seed)
+            kept = _kept(ready.program, data, calls, chosen, make, allowed, data.quality(ProgramModule(original)), seed)
             quantized, chosen = kept.quantized, kept.formats
-            values = dict(zip(("float", "all", "kept"), kept.quality, strict=True))
-            notes |= {"returned": kept.returned, "quality": values, "drop": str(drop)}
+            told = {"returned": kept.returned, "quality": dict(zip(("float", "all", "kept"), kept.quality, strict=True)), "drop": str(drop)}
         if not chosen:  # what is not rounded stays as it came
-            program, alike = original, {}
+            ready = _Prepared(original)
             quantized = make({})
         if qat is not None:
-            quantized, told = _trained(program, original, quantized, data, qat, config, epochs, rule, seed, out)
-            notes |= told
-    if static:
+            quantized, training = _trained(ready.program, original, quantized, data, qat, config, epochs, rule, seed, out)
+            told |= training
+    notes: dict[str, Any] = {"format": dict(format) if isinstance(format, Mapping) else format, **told, **ready.notes(chosen)}
+    if any(map(_is_static, chosen.values())):
         notes["ranges"] = ranges if isinstance(ranges, str) else dict(ranges)
-        notes["equalized"] = [a for a, layers in alike.items() if all(_is_static(chosen.get(layer, "float32")) for layer in layers)]
         notes["smoothed"] = [a for a, q in quantized.by_address().items() if q.axis == -1]
     if any(map(is_scheme, chosen.values())):
         notes |= {"rounding": rounding, "scaled": [name for name, q in quantized.weights.items() if q.group and q.columns is not None]}
     if left or "rounding" in notes:
         notes["float"] = left
-    plan = Plan(program.fingerprint, formats=chosen)
-    return Candidate(
-        "quantized", plan, _snapped(model, program, quantized), quantized.view(), quantized.by_address(), metrics=metrics, notes=notes
-    )
+    snapped = _snapped(model, ready.program, quantized)
+    plan = Plan(original.fingerprint, formats=chosen)
+    return Candidate("quantized", plan, snapped, quantized.view(), quantized.by_address(), metrics=metrics, notes=notes)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A program that computes the same as the user's, with values that are rounded better.
+
+    Args:
+        alike: activation whose channels were equalized -> the layers that make and read it.
+        turned: layers that write or read rotated channels.
+    """
+
+    program: Program
+    alike: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    turned: Sequence[str] = ()
+
+    def notes(self, formats: Mapping[str, str]) -> dict[str, Any]:
+        """What was done, as far as these formats are concerned by it."""
+        found: dict[str, Any] = {"rotated": list(self.turned)}
+        if any(map(_is_static, formats.values())):
+            found["equalized"] = [a for a, layers in self.alike.items() if all(_is_static(formats.get(x, "float32")) for x in layers)]
+        return found
+
+
+def _prepared(
+    program: Program, formats: Sequence[Mapping[str, str]], calls: Sequence[Call], equalize: bool, rotate: bool, seed: int
+) -> _Prepared:
+    from shohin.quantization import equalized, rotated
+
+    alike, turned = dict[str, tuple[str, ...]](), list[str]()
+    if rotate:
+        program, turned = rotated(program, {address for forms in formats for address in forms}, seed)
+    if equalize and calls:
+        program, alike = equalized(program, {a for forms in formats for a, text in forms.items() if _is_static(text)}, calls)
+    return _Prepared(program, alike, turned)
+
+
+def _check_data(chosen: Mapping[str, str], data: Data, qat: QAT | None, allowed: object, limits: object) -> None:
+    """Raises PlanError for formats that cannot be trained or judged, DataError if what is asked for needs batches."""
+    from shohin.quantization import is_float_form
+
+    floats = sorted({text for text in chosen.values() if is_float_form(text)})
+    if floats and (qat is not None or allowed is not None):
+        raise PlanError(f"{floats[0]!r} is only simulated: neither recover= nor drop= can go with it")
+    if qat is not None and (moving := next(filter(is_dynamic, chosen.values()), None)) is not None:
+        raise PlanError(f"{moving!r} has no ranges that could be trained: ask for {moving.removesuffix(' dynamic')!r} with recover=")
+    if data.has_batches:
+        return
+    for needed, what in (
+        (any(map(_is_static, chosen.values())), "static quantization needs calibration"),
+        (qat is None and limits is not None, "a budget needs"),
+        (qat is not None, "recover='qat' needs training"),
+    ):
+        if needed:
+            raise DataError(f"{what} batches: give Data(train=loader)")
 
 
 def _is_static(text: str) -> bool:
@@ -286,12 +327,18 @@ def _trained(
 def _snapped(model: nn.Module, program: Program, quantized: Quantized) -> nn.Module:
     """A copy of the user's model with the values of the quantized program."""
     from shohin.pipeline.job import load_tensors
-    from shohin.program import structural_copy
+    from shohin.program import structural_copy, untie
 
     own = {
         id(t): (nn.Parameter(t.detach().clone(), t.requires_grad) if isinstance(t, nn.Parameter) else t.detach().clone())
         for t in (*model.parameters(), *model.buffers())
     }
     snapped = structural_copy(model, own)
-    load_tensors(snapped, unfold_state(quantized.folded, quantized.program.tensors, program.tensors))
+    values = unfold_state(quantized.folded, quantized.program.tensors, program.tensors)
+    if untie(snapped, values):
+        for module in snapped.modules():  # Hugging Face ties again what its configuration says is tied
+            config: Any = getattr(module, "config", None)
+            if getattr(config, "tie_word_embeddings", False) is True:
+                config.tie_word_embeddings = False
+    load_tensors(snapped, values)
     return snapped
