@@ -1,7 +1,7 @@
 # make demo: the main job on real data.  make test: everything that must hold.  make sweep: many known architectures, cut and
 # compared (hours; goes on where it stopped).  make benchmark-understand: beside Torch-Pruning (an hour; likewise).  make
 # benchmark-distillation: beside torchdistill and ModelOpt (hours; likewise).  make benchmark-pruning: beside Torch-Pruning, ModelOpt and
-# torch's own (hours; likewise).  make benchmark-quantization: beside ONNX Runtime, NNCF, Neural
+# torch's own (hours; likewise).  make benchmark-quantization: beside ONNX Runtime, NNCF, AI Edge Quantizer, Neural
 # Compressor, torchao and ModelOpt (hours).  All set up .venv on first use.
 PYTHON ?= python3
 VENV := .venv
@@ -32,7 +32,8 @@ benchmark-distillation: setup .venv-torchdistill/.installed .venv-modelopt/.inst
 benchmark-pruning: setup $(VENV)/.understand .venv-modelopt/.installed
 	$(ONE_THREAD) $(BIN)/python benchmarks/pruning.py $(PRUNING)
 
-benchmark-quantization: setup $(VENV)/.quantization .venv-nncf/.installed .venv-modelopt/.installed .venv-inc/.installed
+benchmark-quantization: setup $(VENV)/.quantization .venv-nncf/.installed .venv-modelopt/.installed .venv-inc/.installed \
+  .venv-aiedge/.installed
 	$(ONE_THREAD) $(BIN)/python benchmarks/quantization.py $(QUANTIZATION)
 
 lint: setup

@@ -3,7 +3,8 @@
 Every method starts from the same network and sees the same samples without labels. Each runs in a process of its own, after it has
 quantized a tiny network, so that imports count neither as time nor as memory: processor seconds from the network in its framework (a
 file for those that start from one) to its integer form, and by how much the peak of memory rose meanwhile. The answers of the file, in
-the runtime that it was made for, are judged against the float network. The files of each runtime are timed together.
+the runtime that it was made for, are judged against the float network. The files of each runtime are timed together; those of LiteRT
+where they are made, in turns with its float file.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ ONNX_RUNTIME = tuple(
 )
 DYNAMIC, OUR_DYNAMIC = "onnxruntime: dynamic", "shohin: onnxruntime, dynamic"
 NNCF = ("nncf: openvino", "nncf: openvino, overflow fix", "nncf: openvino, accurate bias", "nncf: onnx")
+AI_EDGE = ("ai edge: static", "ai edge: dynamic")
+#: of make, that sets the environments up
+MAKE = "benchmark-quantization"
 #: of the float latency, of the best peer's, in agreement, in points of accuracy, in rank correlation, in seconds and memory of NNCF
 DEMANDED = {"faster": 1.0, "peer": 1.05, "agree": 0.97, "accuracy": 0.3, "drop": 0.005, "cost": 0.5}
 
@@ -41,7 +45,7 @@ def methods(task: str) -> tuple[str, ...]:
     """Those that apply to a network. ONNX Runtime's percentiles of transformers need more than 24 GB of memory."""
     transformer = task in ("minilm", "decoder", "smollm2")
     static = [name for name in ONNX_RUNTIME if not transformer or "percentile" not in name]
-    return (*OURS.values(), *static, *((OUR_DYNAMIC, DYNAMIC) if transformer else ()), *NNCF)
+    return (*OURS.values(), *static, *((OUR_DYNAMIC, DYNAMIC) if transformer else ()), *NNCF, *AI_EDGE)
 
 
 def prepared(task: Task) -> Path:
@@ -58,50 +62,77 @@ def prepared(task: Task) -> Path:
 
 
 def attempt(task: Task, method: str) -> Record | str:
-    """The record of one run."""
+    """The record of one run; of a network that the method cannot quantize, one with the reason as "failed"."""
     folder = prepared(task)
     path = _file(folder, method)
-    if method.startswith("nncf"):
-        script = Path(__file__).with_name("nncf_int8.py")
-        done = subprocess.run(
-            [interpreter("nncf"), str(script), str(folder), method, "transformer" if task.transformer else "", str(path)],
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            return done.stderr.strip()[-500:]
-        record: Record = json.loads(done.stdout.strip().splitlines()[-1])
-        found = np.load(path.with_suffix(".npy"))
-    else:
-        said = process("quantizing.int8_trial", [task.name, method, path], None, "benchmark-quantization")
-        if isinstance(said, str):
-            return said
-        record = said
-        found = answers(shohin.Target(runtime(method)).runner(path), task.asked())
-    record |= {"model": task.name, "method": method, "bytes": record.get("bytes", path.stat().st_size if path.exists() else 0)}
+    kind = next((kind for kind in ELSEWHERE if method.startswith(kind)), None)
+    said = ELSEWHERE[kind](task, folder, method, path) if kind else process("quantizing.int8_trial", [task.name, method, path], None, MAKE)
+    if isinstance(said, str):
+        return said
+    record = said | {"model": task.name, "method": method}
+    if "failed" in record:
+        return record
+    found = np.load(path.with_suffix(".npy")) if kind else answers(shohin.Target(runtime(method)).runner(path), task.asked())
+    record["bytes"] = record.get("bytes", path.stat().st_size if path.exists() else 0)
     return record | {"judged": task.judge(found.astype(np.float64), np.load(folder / "float.npy"))}
+
+
+def _nncf(task: Task, folder: Path, method: str, path: Path) -> Record | str:
+    script = Path(__file__).with_name("nncf_int8.py")
+    done = subprocess.run(
+        [interpreter("nncf"), str(script), str(folder), method, "transformer" if task.transformer else "", str(path)],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        return done.stderr.strip()[-500:]
+    record: Record = json.loads(done.stdout.strip().splitlines()[-1])
+    return record
+
+
+def _ai_edge(task: Task, folder: Path, method: str, path: Path) -> Record | str:
+    """From the program of one sample: the shapes of LiteRT's files are fixed."""
+    program = folder / "float.pt2"
+    if not program.exists():
+        example = {name: t[:1] for name, t in task.learned()[0].items()}
+        torch.export.save(torch.export.export(task.model(), (), example), program)
+    return process("quantizing.aiedge_int8", [folder, method, path], "aiedge", MAKE)
+
+
+#: methods that run in environments of their own and leave their answers beside their files, by how their names begin
+ELSEWHERE = {"nncf": _nncf, "ai edge": _ai_edge}
 
 
 def runtime(method: str) -> str:
     """In which a method's file runs."""
+    if method in AI_EDGE:
+        return "litert"
     return "openvino" if "openvino" in method else "onnxruntime"
 
 
 def _file(folder: Path, method: str) -> Path:
     name = method.replace(": ", "-").replace(", ", "-").replace(" ", "-")
+    if method in AI_EDGE:
+        return folder / f"{name}.tflite"
     return folder / (f"{name}.xml" if method.startswith("nncf: openvino") else f"{name}.onnx")
 
 
-def latencies(task: Task, names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Of all files, runtime by runtime, as ratios to the float file's: median, least and most of five processes, in turns."""
+def latencies(task: Task, names: Sequence[str], kinds: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Of all files of some runtimes, as ratios to the float file's: median, least and most of five processes, in turns."""
     folder, out = prepared(task), {}
     example = {name: t[:1] for name, t in task.learned()[0].items()}
-    for kind in OURS:
+    for kind in kinds:
         files = {name: _file(folder, name) for name in names if runtime(name) == kind and _file(folder, name).exists()}
         files = {f"float: {kind}": folder / "float.onnx", **files}
         found = shohin.Target(kind).compare(files, (), kwargs=example, reference=f"float: {kind}")
         out |= {name: {"ratio": r.ratio, "low": r.low, "high": r.high, "ms": r.timing.value} for name, r in found.items()}
     return out
+
+
+def untimed(folder: Path, names: Sequence[str], timed: dict[str, Any], made: set[str]) -> list[str]:
+    """The runtimes whose files are to be timed: those of which one was made anew, or has no time yet."""
+    new = {runtime(name) for name in names if name in made or (name not in timed and _file(folder, name).exists())}
+    return [kind for kind in OURS if kind in new]
 
 
 def key(record: Record) -> tuple[str, str]:
@@ -112,6 +143,7 @@ def key(record: Record) -> tuple[str, str]:
 def verdicts(records: list[Record], whole: dict[str, Any]) -> dict[str, Any]:
     """What the project demands of itself, network by network and runtime by runtime."""
     found: dict[str, Any] = {}
+    records = [r for r in records if "judged" in r]
     for model in dict.fromkeys(r["model"] for r in records):
         rows, times = {r["method"]: r for r in records if r["model"] == model}, whole.get(model, {})
         peers = {name: r for name, r in rows.items() if not name.startswith("shohin")}
@@ -138,8 +170,8 @@ def table(records: list[Record], whole: dict[str, Any]) -> str:
     """Markdown: a table for each network, the most faithful first, and what is demanded."""
     found = verdicts(records, whole)
     lines = []
-    for model in dict.fromkeys(r["model"] for r in records):
-        rows = [r for r in records if r["model"] == model]
+    for model in dict.fromkeys(r["model"] for r in records if "judged" in r):
+        rows = [r for r in records if r["model"] == model and "judged" in r]
         names = [name for name in rows[0]["judged"] if name not in ("snr",)]
         lines += [
             f"## {model}",
@@ -148,11 +180,13 @@ def table(records: list[Record], whole: dict[str, Any]) -> str:
             "|" + "---|" * (len(names) + 6),
         ]
         for r in sorted(rows, key=lambda r: -float(r["judged"]["snr"])):
-            time = whole.get(model, {}).get(r["method"])
+            time = whole.get(model, {}).get(r["method"], r.get("latency"))
             ratio = f"{time['ratio']:.3f}" if time else ""
             values = " | ".join(f"{r['judged'][name]:.4f}" for name in names)
             cost = f"{r['bytes'] / 1e6:.2f} MB | {r['seconds']:.1f} | {r['megabytes']:.0f} MB"
             lines.append(f"| {r['method']} | {r['judged']['snr']:.2f} | {values} | {ratio} | {cost} |")
+        missing = [r for r in records if r["model"] == model and "failed" in r]
+        lines += [f"| {r['method']} | failed: {r['failed'].replace('|', '/')} |{' |' * (len(names) + 4)}" for r in missing]
         lines.append("")
         for kind in OURS:
             if (said := found.get(f"{model}, {kind}")) is None:
@@ -179,7 +213,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--model", action="append", default=[], help="only this (several may be given)")
     parser.add_argument("--method", action="append", default=[], help="only this, or those that begin so (several may be given)")
     parser.add_argument("--again", action="store_true", help="also what is done already")
-    parser.add_argument("--times", action="store_true", help="time the files again, nothing else")
+    parser.add_argument("--times", action="store_true", help="time the files again, except those of LiteRT, nothing else")
     parser.add_argument("--show", action="store_true", help="only what is known already")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -190,6 +224,7 @@ def main(arguments: list[str]) -> int:
     failed = False
     for name in given.model or TASKS:
         task = TASKS[name]()
+        made: set[str] = set()
         _, records = book.read()
         for method in methods(name) if not given.times else ():
             if given.method and not any(method.startswith(m) for m in given.method):
@@ -201,9 +236,12 @@ def main(arguments: list[str]) -> int:
                 failed = True
                 print(name, method, "failed:", record, flush=True)
                 continue
-            print(name, method, json.dumps(record["judged"]), f"{record['seconds']:.1f} s", flush=True)
+            print(name, method, json.dumps({k: record[k] for k in ("judged", "seconds", "failed") if k in record}), flush=True)
             book.add(record)
-        book.add(whole={name: latencies(task, methods(name))})
+            made.add(method)
+        timed = book.read()[0].get(name, {})
+        kinds = list(OURS) if given.times else untimed(prepared(task), methods(name), timed, made)
+        book.add(whole={name: timed | latencies(task, methods(name), kinds)})
     book.show()
     return int(failed)
 
