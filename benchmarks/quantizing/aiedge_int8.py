@@ -22,11 +22,16 @@ import litert_torch
 import numpy as np
 import torch
 from ai_edge_litert.interpreter import Interpreter
-from ai_edge_quantizer import quantizer, recipe
+from ai_edge_quantizer import calibrator, quantizer, recipe, recipe_manager
+from ai_edge_quantizer.utils import qsv_utils
 
 from quantizing.costs import Costs
 
-RECIPES = {"ai edge: static": recipe.static_wi8_ai8, "ai edge: dynamic": recipe.dynamic_wi8_afp32}
+RECIPES = {
+    "ai edge: static": recipe.static_wi8_ai8,
+    "ai edge: static, minmax": recipe.static_wi8_ai8,
+    "ai edge: dynamic": recipe.dynamic_wi8_afp32,
+}
 ROUNDS, SECONDS = 5, 0.5
 Sample = dict[str, np.ndarray]
 
@@ -94,10 +99,18 @@ def convert(program: torch.export.ExportedProgram, path: Path) -> Path:
 
 
 def quantized(path: Path, learned: list[Sample], method: str) -> quantizer.QuantizationResult:
-    """Calibrated, where the recipe asks for it, and quantized."""
+    """Calibrated, where the recipe asks for it (by a moving average, as it does by itself, or by least and largest), and quantized."""
     made = quantizer.Quantizer(str(path), RECIPES[method]())
-    ranges = made.calibrate({"serving_default": learned}, num_threads=1) if made.need_calibration else None
-    return made.quantize(ranges)
+    if not made.need_calibration:
+        return made.quantize(None)
+    data = {"serving_default": learned}
+    if not method.endswith("minmax"):
+        return made.quantize(made.calibrate(data, num_threads=1))
+    seen = calibrator.Calibrator(str(path), num_threads=1, qsv_update_func=qsv_utils.min_max_update)
+    rules = recipe_manager.RecipeManager()
+    rules.load_quantization_recipe(RECIPES[method]())
+    seen.calibrate(data, rules)
+    return made.quantize(seen.get_model_qsvs())
 
 
 def seconds_of(file: File) -> float:

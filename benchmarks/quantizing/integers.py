@@ -34,7 +34,7 @@ ONNX_RUNTIME = tuple(
 )
 DYNAMIC, OUR_DYNAMIC = "onnxruntime: dynamic", "shohin: onnxruntime, dynamic"
 NNCF = ("nncf: openvino", "nncf: openvino, overflow fix", "nncf: openvino, accurate bias", "nncf: onnx")
-AI_EDGE = ("ai edge: static", "ai edge: dynamic")
+AI_EDGE = ("ai edge: static", "ai edge: static, minmax", "ai edge: dynamic")
 #: of make, that sets the environments up
 MAKE = "benchmark-quantization"
 #: of the float latency, of the best peer's, in agreement, in points of accuracy, in rank correlation, in seconds and memory of NNCF
@@ -64,7 +64,7 @@ def prepared(task: Task) -> Path:
 def attempt(task: Task, method: str) -> Record | str:
     """The record of one run; of a network that the method cannot quantize, one with the reason as "failed"."""
     folder = prepared(task)
-    path = _file(folder, method)
+    path = file_of(folder, method)
     kind = next((kind for kind in ELSEWHERE if method.startswith(kind)), None)
     said = ELSEWHERE[kind](task, folder, method, path) if kind else process("quantizing.int8_trial", [task.name, method, path], None, MAKE)
     if isinstance(said, str):
@@ -110,7 +110,8 @@ def runtime(method: str) -> str:
     return "openvino" if "openvino" in method else "onnxruntime"
 
 
-def _file(folder: Path, method: str) -> Path:
+def file_of(folder: Path, method: str) -> Path:
+    """Where the file of a method lies."""
     name = method.replace(": ", "-").replace(", ", "-").replace(" ", "-")
     if method in AI_EDGE:
         return folder / f"{name}.tflite"
@@ -122,7 +123,7 @@ def latencies(task: Task, names: Sequence[str], kinds: Sequence[str]) -> dict[st
     folder, out = prepared(task), {}
     example = {name: t[:1] for name, t in task.learned()[0].items()}
     for kind in kinds:
-        files = {name: _file(folder, name) for name in names if runtime(name) == kind and _file(folder, name).exists()}
+        files = {name: file_of(folder, name) for name in names if runtime(name) == kind and file_of(folder, name).exists()}
         files = {f"float: {kind}": folder / "float.onnx", **files}
         found = shohin.Target(kind).compare(files, (), kwargs=example, reference=f"float: {kind}")
         out |= {name: {"ratio": r.ratio, "low": r.low, "high": r.high, "ms": r.timing.value} for name, r in found.items()}
@@ -131,7 +132,7 @@ def latencies(task: Task, names: Sequence[str], kinds: Sequence[str]) -> dict[st
 
 def untimed(folder: Path, names: Sequence[str], timed: dict[str, Any], made: set[str]) -> list[str]:
     """The runtimes whose files are to be timed: those of which one was made anew, or has no time yet."""
-    new = {runtime(name) for name in names if name in made or (name not in timed and _file(folder, name).exists())}
+    new = {runtime(name) for name in names if name in made or (name not in timed and file_of(folder, name).exists())}
     return [kind for kind in OURS if kind in new]
 
 
@@ -150,9 +151,11 @@ def verdicts(records: list[Record], whole: dict[str, Any]) -> dict[str, Any]:
         for kind, mine in OURS.items():
             if mine not in rows or not peers:
                 continue
-            best = max(peers, key=lambda name: float(peers[name]["judged"]["snr"]))
-            own, theirs = rows[mine]["judged"]["snr"], peers[best]["judged"]["snr"]
-            said: dict[str, Any] = {"fidelity": {"db": own, "peer": best, "peer_db": theirs, "met": own > theirs}}
+            near = {name: float(peer["judged"]["snr"]) for name, peer in peers.items()}
+            static, best = max((n for n in near if "dynamic" not in n), key=near.__getitem__), max(near, key=near.__getitem__)
+            own = rows[mine]["judged"]["snr"]
+            said: dict[str, Any] = {"fidelity": {"db": own, "peer": static, "peer_db": near[static], "met": own > near[static]}}
+            said["fidelity"] |= {"of_all": best, "of_all_db": near[best]}
             fast = min((n for n in peers if n in times and runtime(n) == kind), key=lambda n: float(times[n]["ratio"]), default=None)
             if mine in times:
                 ratio = times[mine]["ratio"]
@@ -193,7 +196,10 @@ def table(records: list[Record], whole: dict[str, Any]) -> str:
                 continue
             met = {name: "met" if part.get("met") else "not met" for name, part in said.items()}
             near = said["fidelity"]
-            lines.append(f"- {kind}: {near['db']:.2f} dB, best peer {near['peer']} {near['peer_db']:.2f} dB: {met['fidelity']}")
+            beside = "" if near["of_all"] == near["peer"] else f"; of all {near['of_all']} {near['of_all_db']:.2f} dB"
+            lines.append(
+                f"- {kind}: {near['db']:.2f} dB, best static peer {near['peer']} {near['peer_db']:.2f} dB: {met['fidelity']}{beside}"
+            )
             if "float" in said:
                 lines.append(f"- {kind}: {said['float']['ratio']:.3f} of the float file's latency: {met['float']}")
             if "peer" in said:
