@@ -78,8 +78,8 @@ def rows(task: Task, folder: Path) -> dict[str, Callable[[], Found]]:
     """Every way by name."""
     found: dict[str, Callable[[], Found]] = {}
     for rounding in ("descent", "gptq", "adaround", "hqq", "nearest"):
-        for rotate in (True, False):
-            found[f"shohin: {rounding}{'' if rotate else ', not rotated'}"] = partial(ours, task, rounding, rotate)
+        for rotate in (False, True):
+            found[f"shohin: {rounding}{', rotated' if rotate else ''}"] = partial(ours, task, rounding, rotate)
     for way in ("nearest, uint4", "hqq, uint4"):
         found[f"onnxruntime: {way}"] = partial(onnxruntime, task, way, folder)
     for way in TORCH:

@@ -82,7 +82,13 @@ Rounding = Annotated[
 ]
 Smoothing = Annotated[bool, typer.Option("--smoothing/--no-smoothing", help="Of int8 activations whose channels differ much.")]
 Equalize = Annotated[bool, typer.Option("--equalize/--no-equalize", help="Channels between int8 layers that only layers read.")]
-Rotate = Annotated[bool, typer.Option("--rotate/--no-rotate", help="Channels of residual streams, so that none stands out.")]
+Rotate = Annotated[
+    bool | None,
+    typer.Option(
+        "--rotate/--no-rotate",
+        help="Channels of residual streams, so that none stands out; by default around layers that round what they read.",
+    ),
+]
 Train = Annotated[
     str,
     typer.Option(
@@ -222,7 +228,7 @@ def quantize(
     ranges: Ranges = "mse",
     smoothing: Smoothing = True,
     equalize: Equalize = True,
-    rotate: Rotate = True,
+    rotate: Rotate = None,
     rounding: Rounding = "auto",
     drop: Drop = None,
     recover: Train = "none",

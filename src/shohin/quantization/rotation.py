@@ -364,10 +364,12 @@ def _moved(node: fx.Node, axis: int, size: int) -> int | None:
     except _Fixed:
         return None
     for after, count in enumerate(found.shape):
-        if count % size == 0:
-            line = (torch.arange(count, dtype=torch.float32) % size).reshape([-1 if i == after else 1 for i in range(found.dim())])
-            if torch.allclose(found.float(), line.expand(found.shape), rtol=0, atol=1e-3):
-                return after
+        if count % size:
+            continue
+        moved, wanted = found.movedim(after, -1), torch.arange(count, dtype=torch.float32) % size
+        first = moved[(0,) * (found.dim() - 1)]  # looked at alone before all others
+        if all(bool((part.round() == wanted).all()) for part in (first, moved)):
+            return after
     return None
 
 

@@ -28,6 +28,10 @@ from shohin.quantization.smoothing import GAIN, ROWS, Channels, read_as_floats, 
 LeastScale = Callable[[Tensor, int], Tensor]
 
 
+#: scales that are tried for each output of a weight, and where only factors are chosen by them
+STEPS, ROUGHLY = 40, 10
+
+
 def quantize_program(
     program: Program,
     layers: set[str],
@@ -91,7 +95,7 @@ def quantize_program(
             channels[site],
             [tensors[n] for n in names],
             forms[site],
-            lambda w, form=held[names[0]]: weight_quantizer(w, form, least_scale),  # type: ignore[misc]
+            lambda w, form=held[names[0]]: weight_quantizer(w, form, least_scale, steps=ROUGHLY),  # type: ignore[misc]
             gain=gain,
         )
         if q is not None:
@@ -156,7 +160,7 @@ def _activation_quantizers(
     return {name: own[root] for name, root in sites.grids.items()}
 
 
-def weight_quantizer(weight: Tensor, form: Format, least_scale: LeastScale | None = None, groups: int = 1, steps: int = 40) -> Quantizer:
+def weight_quantizer(weight: Tensor, form: Format, least_scale: LeastScale | None = None, groups: int = 1, steps: int = STEPS) -> Quantizer:
     """Per-channel symmetric scales with the least squared error, none below the target's least scale.
 
     Args:

@@ -39,7 +39,7 @@ def quantize(
     ranges: str | Mapping[str, str] = "mse",
     smoothing: bool = True,
     equalize: bool = True,
-    rotate: bool = True,
+    rotate: bool | None = None,
     rounding: str = "auto",
     samples: int = 512,
     sensitivity: str = "fisher",
@@ -74,7 +74,8 @@ def quantize(
             (cross-layer equalization, Nagel et al. 2019), where all of them compute on integers. On the calibration data floats stay the same.
         rotate: mix the channels of residual streams, and of the values in attention, by an orthogonal matrix that the weights around them take,
             so that none stands out (QuaRot, Ashkboos et al. 2024): transformers with their normalization before attention. Floats stay the
-            same, and the file computes nothing more.
+            same, and the file computes nothing more. None: around layers that round what they read; True: around those that round their
+            weights alone, too.
         rounding: of weights beside float activations, and of those with less than 7 bits beside integers: "nearest" and "hqq" (neither
             needs data), "gptq", "adaround", "descent" (GPTQ, then scales and codes in turn), or "auto": "descent" where ``data`` has batches, else
             "nearest". What is trained begins with the weights as they are.
@@ -183,13 +184,13 @@ class _Prepared:
 
 
 def _prepared(
-    program: Program, formats: Sequence[Mapping[str, str]], calls: Sequence[Call], equalize: bool, rotate: bool, seed: int
+    program: Program, formats: Sequence[Mapping[str, str]], calls: Sequence[Call], equalize: bool, rotate: bool | None, seed: int
 ) -> _Prepared:
     from shohin.quantization import equalized, rotated
 
     alike, turned = dict[str, tuple[str, ...]](), list[str]()
-    if rotate:
-        program, turned = rotated(program, {address for forms in formats for address in forms}, seed)
+    if rotate is not False:
+        program, turned = rotated(program, {a for forms in formats for a, text in forms.items() if rotate or not is_scheme(text)}, seed)
     if equalize and calls:
         program, alike = equalized(program, {a for forms in formats for a, text in forms.items() if _is_static(text)}, calls)
     return _Prepared(program, alike, turned)
