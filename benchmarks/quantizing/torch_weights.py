@@ -62,9 +62,17 @@ def encoder(folder: str):
 def decoder():
     """The language model that is trained here, and how it answers."""
     sys.path.append(str(Path(__file__).parents[1]))
-    from quantizing.decoders import small
+    from quantizing.decoders import FOLDER, small
 
-    return small(), lambda model, batch: model(**batch).float().numpy()
+    def answer(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> np.ndarray:
+        for module in model.modules():  # HQQ's give half precision, which the products of attention do not mix
+            if not list(module.children()) and not module._forward_hooks:
+                module.register_forward_hook(lambda _, inputs, output: output.float())
+        return model(**batch).numpy()
+
+    model = small()
+    model.name_or_path = str(FOLDER)  # any folder that exists
+    return model, answer
 
 
 def main() -> None:
