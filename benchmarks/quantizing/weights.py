@@ -123,8 +123,8 @@ def rows(teacher: nn.Module, data: shohin.Data, folder: Path, asked: Sequence[An
     """Every way by name."""
     found: dict[str, Callable[[], Found]] = {}
     for kind in ("uint4", "int4"):
-        for rounding in ("descent", "gptq", "adaround", "hqq", "nearest"):
-            if kind == "uint4" or rounding not in ("hqq", "adaround"):
+        for rounding in ("descent", "blocks", "gptq", "adaround", "hqq", "nearest"):
+            if kind == "uint4" or rounding not in ("hqq", "adaround", "blocks"):
                 found[f"shohin: {rounding}, {kind}"] = partial(ours, teacher, data, rounding, kind)
     for way in ("nearest, int4", "nearest, uint4", "hqq, uint4"):
         found[f"onnxruntime: {way}"] = partial(onnxruntime, teacher, data, way, folder)

@@ -58,7 +58,7 @@ def test_the_kernel_computes_what_the_view_does(bits: int, kind: str, group: int
     assert held == codes + 4 * scales + zeros
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "hqq", "gptq", "adaround", "descent"])
+@pytest.mark.parametrize("rounding", ["nearest", "hqq", "gptq", "adaround", "descent", "blocks"])
 def test_a_transformer_keeps_its_answers(rounding: str, tmp_path: Path) -> None:
     model, data = randomize(Transformer(), 0), data_of((6, 32), 8)
     found = shohin.quantize(model, data, "weights uint4 group 16", rounding=rounding)

@@ -78,7 +78,7 @@ Layer = Annotated[
 ]
 Ranges = Annotated[str, typer.Option("--ranges", help="Of int8 activations: mse, percentile, entropy, minmax or moving.")]
 Rounding = Annotated[
-    str, typer.Option("--rounding", help="Of weights beside float activations: auto, nearest, hqq, gptq, adaround or descent.")
+    str, typer.Option("--rounding", help="Of weights beside float activations: auto, nearest, hqq, gptq, adaround, descent or blocks.")
 ]
 Smoothing = Annotated[bool, typer.Option("--smoothing/--no-smoothing", help="Of int8 activations whose channels differ much.")]
 Equalize = Annotated[bool, typer.Option("--equalize/--no-equalize", help="Channels between int8 layers that only layers read.")]

@@ -19,13 +19,14 @@ from shohin.formats import Quantizer, Scheme
 from shohin.program import Folded, Program, fold, joined_inputs
 from shohin.quantization.grids import fitted_grid
 from shohin.quantization.quantized import Quantized
+from shohin.quantization.reconstruction import reconstructed
 from shohin.quantization.rounding import adaround, descended, gptq, hqq, rescaled
 from shohin.quantization.scaling import searched
 from shohin.quantization.sites import Sites, base
 
 #: those that need no data; "auto" is "descent" where there are batches, else "nearest"
-ROUNDINGS = ("auto", "nearest", "hqq", "gptq", "adaround", "descent")
-SECOND_ORDER = ("gptq", "adaround", "descent")
+ROUNDINGS = ("auto", "nearest", "hqq", "gptq", "adaround", "descent", "blocks")
+SECOND_ORDER = ("gptq", "adaround", "descent", "blocks")
 #: rounds of scales, then codes, after GPTQ
 _ROUNDS = 4
 
@@ -51,7 +52,8 @@ def quantize_weights(
 ) -> Quantized:
     """The program with these layers' weights on grids.
 
-    Memory beside the model: see `shohin.evidence.walk.changed_in_turn`, and about six float64 matrices of the weight that is rounded.
+    Memory beside the model: see `shohin.evidence.walk.changed_in_turn`, and about six float64 matrices of the weight that is rounded; for
+    "blocks" also `shohin.quantization.reconstruction.reconstructed`.
 
     Args:
         calls: calibration batches, without labels. May be empty for "nearest" and "hqq".
@@ -59,7 +61,8 @@ def quantize_weights(
         rounding: one of `ROUNDINGS`; with batches each of them also moves biases by what rounding moved on the samples. "gptq" rounds the
             columns in the order of their importance and moves each one's error to the rest; "descent" goes on from there: scales by
             least squares for the codes, then codes one by one beside all others, in turn. "adaround" learns for each weight whether it is
-            rounded up or down.
+            rounded up or down. "blocks" goes on from "descent": codes, scales and biases of a residual block, or of half a transformer
+            layer, learn together what the block gives (see `shohin.quantization.reconstruction`).
             A layer with fewer rows than inputs is rounded to the nearest: of so few, correlations are chance.
         scaled: addresses of linear layers whose inputs may be divided by a factor for each channel, if that makes them more exact; needs a
             rounding of second order, and one layer for each weight. See `shohin.quantization.scaling`.
@@ -113,7 +116,11 @@ def quantize_weights(
         else:
             changed = {w.name: make(w, folded.program.tensors[w.name].detach(), Seen(None)) for w in weights}
     changed |= {alias: changed[w.name] for w in weights for alias in w.names}
-    done = replace(folded.program, tensors={**folded.program.tensors, **changed})
+    tensors = {**folded.program.tensors, **changed}
+    if rounding == "blocks":
+        learned, grids = reconstructed(folded.program, tensors, quantizers, weights, calls, samples=samples, seed=seed)
+        tensors, quantizers = tensors | learned, quantizers | grids
+    done = replace(folded.program, tensors=tensors)
     return Quantized(Folded(done, folded.folded), {}, quantizers, Sites({}, {}, {}, {}))
 
 
@@ -138,7 +145,7 @@ def _rounded(aim: Tensor, hessian: Tensor, scheme: Scheme, damp: float, rounding
     if rounding == "adaround":
         return q, adaround(aim, hessian, q, damp=damp)
     codes = gptq(aim, hessian, q, damp=damp)
-    if rounding == "descent":
+    if rounding in ("descent", "blocks"):
         codes = descended(aim, hessian, q, codes, damp=damp)
         for _ in range(_ROUNDS):
             q = rescaled(aim, hessian, q, codes, damp=damp)

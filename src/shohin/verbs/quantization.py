@@ -69,7 +69,8 @@ def quantize(
         smoothing: divide activations of integer layers that floating operations make (normalization, GELU, attention) by a factor for each
             channel, which the weights of the linear layers that read them take (SmoothQuant, Xiao et al. 2023; how far is chosen for each
             by the error of those layers). Only where it helps, and where ``ranges`` says "mse". The same for linear layers with weight
-            schemes, there to round finely what large activations multiply (AWQ, Lin et al. 2023), with "gptq", "adaround" and "descent".
+            schemes, there to round finely what large activations multiply (AWQ, Lin et al. 2023), with "gptq", "adaround",
+            "descent" and "blocks".
         equalize: make channels of an activation alike that a layer makes and only layers read, by factors that these layers' weights take
             (cross-layer equalization, Nagel et al. 2019), where all of them compute on integers. On the calibration data floats stay the same.
         rotate: mix the channels of residual streams, and of the values in attention, by an orthogonal matrix that the weights around them take,
@@ -77,8 +78,9 @@ def quantize(
             same, and the file computes nothing more. None: around layers that round what they read; True: around those that round their
             weights alone, too.
         rounding: of weights beside float activations, and of those with less than 7 bits beside integers: "nearest" and "hqq" (neither
-            needs data), "gptq", "adaround", "descent" (GPTQ, then scales and codes in turn), or "auto": "descent" where ``data`` has batches, else
-            "nearest". What is trained begins with the weights as they are.
+            needs data), "gptq", "adaround", "descent" (GPTQ, then scales and codes in turn), "blocks" (then codes, scales and biases of
+            several layers together, by what a residual block or half a transformer layer gives), or "auto": "descent" where ``data`` has
+            batches, else "nearest". What is trained begins with the weights as they are.
         samples: of the calibration batches.
         sensitivity: of layers, for a budget: "fisher" (how far each one's rounding moves the answers, to first order), "output" (its
             error at the layer's own output) or "kl" (measured on the answers, a forward pass for each layer and format).
