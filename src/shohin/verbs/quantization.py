@@ -75,8 +75,7 @@ def quantize(
             (cross-layer equalization, Nagel et al. 2019), where all of them compute on integers. On the calibration data floats stay the same.
         rotate: mix the channels of residual streams, and of the values in attention, by an orthogonal matrix that the weights around them take,
             so that none stands out (QuaRot, Ashkboos et al. 2024): transformers with their normalization before attention. Floats stay the
-            same, and the file computes nothing more. None: around layers that round what they read; True: around those that round their
-            weights alone, too.
+            same, and the file computes nothing more. None: around layers with integer activations; True: around all that are not left float.
         rounding: of weights beside float activations, and of those with less than 7 bits beside integers: "nearest" and "hqq" (neither
             needs data), "gptq", "adaround", "descent" (GPTQ, then scales and codes in turn), "blocks" (then codes, scales and biases of
             several layers together, by what a residual block or half a transformer layer gives), or "auto": "descent" where ``data`` has
@@ -192,7 +191,7 @@ def _prepared(
 
     alike, turned = dict[str, tuple[str, ...]](), list[str]()
     if rotate is not False:
-        program, turned = rotated(program, {a for forms in formats for a, text in forms.items() if rotate or not is_scheme(text)}, seed)
+        program, turned = rotated(program, {a for forms in formats for a, text in forms.items() if rotate or is_bits(text)}, seed)
     if equalize and calls:
         program, alike = equalized(program, {a for forms in formats for a, text in forms.items() if _is_static(text)}, calls)
     return _Prepared(program, alike, turned)
