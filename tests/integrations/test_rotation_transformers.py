@@ -60,22 +60,24 @@ def test_decoders_compute_the_same(name: str) -> None:
     torch.set_num_threads(1)
     kind, config = decoders()[name]
     program = capture(Logits(lively(getattr(tf, kind)(config))), text())
-    turned, layers = rotated(program, quantizable(program))
+    found = rotated(program, quantizable(program))
+    turned, layers = found.program, found.layers
     assert len(layers) >= 14
     with torch.no_grad():
-        wanted, found = (ProgramModule(p)(**text()) for p in (program, turned))
-    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
+        wanted, now = (ProgramModule(p)(**text()) for p in (program, turned))
+    torch.testing.assert_close(now, wanted, atol=2e-5, rtol=1e-4)
 
 
 def test_vision_transformers_compute_the_same() -> None:
     torch.set_num_threads(1)
     x = torch.randn(4, 3, 16, 16)
     program = capture(lively(tf.ViTForImageClassification(tf.ViTConfig(**IMAGE))), {"pixel_values": x})
-    turned, layers = rotated(program, quantizable(program))
+    found = rotated(program, quantizable(program))
+    turned, layers = found.program, found.layers
     assert len(layers) >= 13
     with torch.no_grad():
-        wanted, found = (ProgramModule(p)(pixel_values=x).logits for p in (program, turned))
-    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
+        wanted, now = (ProgramModule(p)(pixel_values=x).logits for p in (program, turned))
+    torch.testing.assert_close(now, wanted, atol=2e-5, rtol=1e-4)
 
 
 def test_a_tied_model_comes_back_with_two_tensors(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
@@ -93,6 +93,11 @@ def made(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
     return model
 
 
+def turn(program: Program, layers: Collection[str] | None = None, seed: int = 0) -> tuple[Program, tuple[str, ...]]:
+    found = rotated(program, quantizable(program) if layers is None else layers, seed)
+    return found.program, found.layers
+
+
 def decibels(found: Tensor, wanted: Tensor) -> float:
     return float(10 * torch.log10(wanted.square().sum() / (found - wanted).square().sum().clamp_min(1e-30)))
 
@@ -118,7 +123,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, int]] = {
 def test_a_rotated_network_computes_the_same(name: str) -> None:
     build, x, count = CASES[name]
     program = capture(made(build), (x,))
-    turned, layers = rotated(program, quantizable(program))
+    turned, layers = turn(program)
     assert len(layers) == count
     assert decibels(answer(turned, x), answer(program, x)) > 110
     changed = [n for n, t in turned.tensors.items() if t.dim() > 1 and not torch.equal(t, program.tensors[n])]
@@ -139,7 +144,7 @@ def test_rotations_are_orthogonal_and_spread_every_channel(size: int, seed: int,
 def test_channels_that_stand_out_no_longer_do() -> None:
     model = made(Decoder)
     program = capture(model, (IDS,))
-    turned, _ = rotated(program, quantizable(program))
+    turned, _ = turn(program)
 
     def peak(at: Program) -> float:
         table = at.tensors["embedding.weight"].detach()
@@ -196,8 +201,8 @@ class Curved(nn.Module):
 )
 def test_what_cannot_be_rotated_is_left_alone(build: Callable[[], nn.Module], x: Tensor) -> None:
     program = capture(made(build), (x,))
-    turned, layers = rotated(program, quantizable(program))
-    assert turned is program and layers == []
+    turned, layers = turn(program)
+    assert turned is program and layers == ()
 
 
 def test_sparse_weights_and_silenced_channels_keep_their_channels() -> None:
@@ -206,25 +211,25 @@ def test_sparse_weights_and_silenced_channels_keep_their_channels() -> None:
         for layer in (*pruned.v, *pruned.up):  # type: ignore[misc]
             layer.weight[:, ::2] = 0  # type: ignore[index, operator]
     program = capture(pruned, (IDS,))
-    assert rotated(program, quantizable(program))[1] == []
+    assert turn(program)[1] == ()
     silent = made(Vision)
     with torch.no_grad():
         silent.body.norm.weight[5] = 0.0  # type: ignore[union-attr, index, operator]
     program = capture(silent, (PHOTO,))
-    assert rotated(program, quantizable(program))[1] == []
+    assert turn(program)[1] == ()
 
 
 def test_streams_that_no_rounded_layer_touches_stay_as_they_are() -> None:
     program = capture(made(Decoder), (IDS,))
-    turned, layers = rotated(program, {"o.1/linear.0"})
+    turned, layers = turn(program, {"o.1/linear.0"})
     assert "gate.0/linear.0" in layers and "o.0/linear.0" in layers
     assert torch.equal(turned.tensors["v.0.weight"].norm(dim=0) > 0, program.tensors["v.0.weight"].norm(dim=0) > 0)
-    assert rotated(program, set()) == (program, [])
+    assert turn(program, set()) == (program, ())
 
 
 def test_seeds_decide(seeds: Any = (0, 0, 1)) -> None:
     program = capture(made(Decoder), (IDS,))
-    one, same, other = (rotated(program, quantizable(program), seed)[0].tensors["head.weight"] for seed in seeds)
+    one, same, other = (turn(program, seed=seed)[0].tensors["head.weight"] for seed in seeds)
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 

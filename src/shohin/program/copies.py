@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from shohin.errors import ModelError
@@ -37,25 +36,12 @@ def structural_copy(model: nn.Module, replace: dict[int, Any] | None = None, *, 
         ) from error
 
 
-def untie(model: nn.Module, values: Mapping[str, Tensor]) -> bool:
-    """Gives a parameter that a module has under several names one for each value that it is about to get, in place. False if none has.
-
-    Args:
-        values: by name; names that are absent go with the first.
-    """
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    untied = False
-    for tied in names.values():
-        known = [name for name in tied if name in values]
-        for name in known[1:]:
-            if not torch.equal(values[name], values[known[0]]):
-                path, _, own = name.rpartition(".")
-                held = model.get_parameter(name)
-                setattr(model.get_submodule(path), own, nn.Parameter(held.detach().clone(), held.requires_grad))
-                untied = True
-    return untied
+def untie(model: nn.Module, names: Iterable[str]) -> None:
+    """Gives parameters that a module holds under other names, too, tensors of their own, in place."""
+    for name in names:
+        path, _, own = name.rpartition(".")
+        held = model.get_parameter(name)
+        setattr(model.get_submodule(path), own, nn.Parameter(held.detach().clone(), held.requires_grad))
 
 
 def _plain_tensors(model: nn.Module) -> Iterator[Tensor]:

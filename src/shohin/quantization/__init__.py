@@ -7,7 +7,7 @@ from shohin.quantization.fallback import fewest_returned
 from shohin.quantization.floats import is_float_form, needs_scale
 from shohin.quantization.layers import quantize_layers
 from shohin.quantization.quantized import Quantized
-from shohin.quantization.rotation import rotated, rotation
+from shohin.quantization.rotation import Rotated, rotated, rotation
 from shohin.quantization.simulate import simulate
 from shohin.quantization.sites import Sites, find_sites, quantizable
 from shohin.quantization.static import placeholder, quantize_program, weight_quantizer
@@ -21,6 +21,7 @@ __all__ = [
     "AwareModule",
     "Dynamic",
     "Quantized",
+    "Rotated",
     "Sites",
     "dynamic_layers",
     "equalized",

@@ -88,8 +88,22 @@ class _Fixed(Exception):
     """Something holds the channels as they are."""
 
 
-def rotated(program: Program, layers: Collection[str], seed: int = 0) -> tuple[Program, list[str]]:
-    """The program with other values of its tensors, which computes the same; and the addresses of what writes and reads rotated channels.
+@dataclass(frozen=True)
+class Rotated:
+    """A program with rotated channels.
+
+    Args:
+        layers: addresses of what writes and reads them.
+        untied: names of the tables of embeddings that were the weights of layers, too, and are tensors of their own now.
+    """
+
+    program: Program
+    layers: tuple[str, ...] = ()
+    untied: tuple[str, ...] = ()
+
+
+def rotated(program: Program, layers: Collection[str], seed: int = 0) -> Rotated:
+    """The program with other values of its tensors, which computes the same.
 
     A table of an embedding that is also the weight of a layer becomes two tensors, where the model knows it by two names.
 
@@ -97,17 +111,13 @@ def rotated(program: Program, layers: Collection[str], seed: int = 0) -> tuple[P
         layers: addresses of those that will be rounded; streams that none of them touches stay as they are.
         seed: of the signs of the rotations.
     """
-    untied = _untied(program)
-    found = _chosen(untied, layers)
-    if untied is not program and not any(
-        turn.name not in program.tensors or untied.tensors[turn.name] is not program.tensors[turn.name]
-        for stream in found
-        for turn in stream.turns
-    ):
-        untied, found = program, _chosen(program, layers)
+    apart, names = _untied(program)
+    found = _chosen(apart, layers)
+    if not {turn.name for stream in found for turn in stream.turns} & set(names):
+        apart, names, found = program, (), _chosen(program, layers)
     for i, stream in enumerate(found):
-        untied = replace(untied, tensors=_turned(untied, stream, rotation(stream.size, seed + i, centred=stream.centred)))
-    return (untied, sorted(set().union(*(stream.layers for stream in found)))) if found else (program, [])
+        apart = replace(apart, tensors=_turned(apart, stream, rotation(stream.size, seed + i, centred=stream.centred)))
+    return Rotated(apart, tuple(sorted(set().union(*(stream.layers for stream in found)))), names)
 
 
 def rotation(size: int, seed: int, *, centred: bool = False) -> Tensor:
@@ -431,8 +441,8 @@ def _along(value: Tensor, axis: int, matrix: Tensor) -> Tensor:
     return (torch.unflatten(moved, -1, (-1, len(matrix))) @ matrix).flatten(-2).movedim(-1, axis)
 
 
-def _untied(program: Program) -> Program:
-    """The program whose embeddings read tensors of their own, where the model knows them by a name of their own."""
+def _untied(program: Program) -> tuple[Program, tuple[str, ...]]:
+    """The program whose embeddings read tensors of their own, where the model knows them by a name of their own; and these names."""
     places = {name: node for node, name in program.names.items()}
     own: dict[str, str] = {}
     for node in program.graph.nodes:
@@ -442,7 +452,7 @@ def _untied(program: Program) -> Program:
             if mine != name and others and mine in places and program.tensors[mine] is program.tensors[name]:
                 own[node.name] = mine
     if not own:
-        return program
+        return program, ()
     graph, mapping = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in program.graph.nodes:
         mapping[node] = graph.node_copy(node, lambda n: mapping[n])
@@ -450,4 +460,4 @@ def _untied(program: Program) -> Program:
     for node, mine in own.items():
         named[node].update_arg(0, named[places[mine]])
     tensors = {**program.tensors, **{name: program.tensors[name].detach().clone() for name in own.values()}}
-    return replace(program, graph=graph, tensors=tensors)
+    return replace(program, graph=graph, tensors=tensors), tuple(own.values())

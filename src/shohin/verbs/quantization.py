@@ -158,7 +158,7 @@ def quantize(
         notes |= {"rounding": rounding, "scaled": [name for name, q in quantized.weights.items() if q.group and q.columns is not None]}
     if left or "rounding" in notes:
         notes["float"] = left
-    snapped = _snapped(model, ready.program, quantized)
+    snapped = _snapped(model, ready.program, quantized, ready.untied)
     plan = Plan(original.fingerprint, formats=chosen)
     return Candidate("quantized", plan, snapped, quantized.view(), quantized.by_address(), metrics=metrics, notes=notes)
 
@@ -170,11 +170,13 @@ class _Prepared:
     Args:
         alike: activation whose channels were equalized -> the layers that make and read it.
         turned: layers that write or read rotated channels.
+        untied: names of tensors that are no longer those of other names.
     """
 
     program: Program
     alike: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     turned: Sequence[str] = ()
+    untied: Sequence[str] = ()
 
     def notes(self, formats: Mapping[str, str]) -> dict[str, Any]:
         """What was done, as far as these formats are concerned by it."""
@@ -187,14 +189,14 @@ class _Prepared:
 def _prepared(
     program: Program, formats: Sequence[Mapping[str, str]], calls: Sequence[Call], equalize: bool, rotate: bool | None, seed: int
 ) -> _Prepared:
-    from shohin.quantization import equalized, rotated
+    from shohin.quantization import Rotated, equalized, rotated
 
-    alike, turned = dict[str, tuple[str, ...]](), list[str]()
-    if rotate is not False:
-        program, turned = rotated(program, {a for forms in formats for a, text in forms.items() if rotate or is_bits(text)}, seed)
+    around = {a for forms in formats for a, text in forms.items() if rotate or is_bits(text)}
+    turned = Rotated(program) if rotate is False else rotated(program, around, seed)
+    program, alike = turned.program, dict[str, tuple[str, ...]]()
     if equalize and calls:
         program, alike = equalized(program, {a for forms in formats for a, text in forms.items() if _is_static(text)}, calls)
-    return _Prepared(program, alike, turned)
+    return _Prepared(program, alike, turned.layers, turned.untied)
 
 
 def _check_data(chosen: Mapping[str, str], data: Data, qat: QAT | None, allowed: object, limits: object) -> None:
@@ -326,7 +328,7 @@ def _trained(
     return found, {"training": result.to_json(), "learn": qat.learn}
 
 
-def _snapped(model: nn.Module, program: Program, quantized: Quantized) -> nn.Module:
+def _snapped(model: nn.Module, program: Program, quantized: Quantized, untied: Sequence[str]) -> nn.Module:
     """A copy of the user's model with the values of the quantized program."""
     from shohin.pipeline.job import load_tensors
     from shohin.program import structural_copy, untie
@@ -337,7 +339,8 @@ def _snapped(model: nn.Module, program: Program, quantized: Quantized) -> nn.Mod
     }
     snapped = structural_copy(model, own)
     values = unfold_state(quantized.folded, quantized.program.tensors, program.tensors)
-    if untie(snapped, values):
+    untie(snapped, untied)
+    if untied:
         for module in snapped.modules():  # Hugging Face ties again what its configuration says is tied
             config: Any = getattr(module, "config", None)
             if getattr(config, "tie_word_embeddings", False) is True:
