@@ -271,6 +271,24 @@ def test_batches_whose_samples_act_on_each_other_stay_whole(monkeypatch: pytest.
     assert sizes == [9] * 6
 
 
+class Decided(ResidualNet):
+    """Gives back what it decides, no floats."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).argmax(-1)
+
+
+def test_what_is_behind_a_decision_learns_all_the_same() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(40, 3, 8, 8)
+    model = Decided().eval()
+    found = shohin.quantize(model, shohin.Data(train=[x]), "w3a8", rounding="blocks")
+    plain = shohin.quantize(model, shohin.Data(train=[x]), "w3a8", rounding="descent")
+    assert found.model is not None and plain.model is not None
+    states = zip(found.model.state_dict().values(), plain.model.state_dict().values(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in states)
+
+
 def test_formats_may_differ_and_integers_of_few_bits_learn_too() -> None:
     model, calls, program = made("residual", 0, 20)
     forms = {"stem/conv2d.0": "int8", "one.a/conv2d.0": "w3a8", "one.b/conv2d.0": "w2a8", "head/linear.0": "weights uint2 group 8"}

@@ -99,6 +99,7 @@ def turn(program: Program, layers: Collection[str] | None = None, seed: int = 0)
 
 
 def decibels(found: Tensor, wanted: Tensor) -> float:
+    found, wanted = found.detach(), wanted.detach()
     return float(10 * torch.log10(wanted.square().sum() / (found - wanted).square().sum().clamp_min(1e-30)))
 
 
@@ -153,6 +154,123 @@ def test_channels_that_stand_out_no_longer_do() -> None:
     assert peak(turned) < 0.5 * peak(program)
 
 
+class Around(nn.Module):
+    """A stream with something of a test's own in the middle, and a layer that writes what it reads."""
+
+    def __init__(self, width: int = WIDTH, norm: Callable[[int], nn.Module] = nn.LayerNorm) -> None:
+        super().__init__()
+        self.a, self.norm, self.own = nn.Embedding(WORDS, width), norm(width), nn.Linear(width, width)
+        self.last, self.head = norm(width), nn.Linear(width, 7)
+
+    def middle(self, x: Tensor) -> Tensor:
+        return x
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.middle(self.a(ids))
+        x = x + self.own(self.norm(x))
+        found: Tensor = self.head(self.last(x))
+        return found
+
+
+class Constant(Around):
+    """A tensor that is neither parameter nor buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = torch.randn(1, 9, WIDTH)
+
+    def middle(self, x: Tensor) -> Tensor:
+        return x + self.places
+
+
+class Buffered(Around):
+    """Places that checkpoints lack."""
+
+    places: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("places", torch.randn(1, 9, WIDTH), persistent=False)
+
+    def middle(self, x: Tensor) -> Tensor:
+        return x + self.places
+
+
+class Whole(Around):
+    """A cast that rounds."""
+
+    def middle(self, x: Tensor) -> Tensor:
+        return (x * 4).to(torch.int32).float() / 4
+
+
+class Mixed(nn.Module):
+    """A learned mixture: a product without dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.share = nn.Linear(WIDTH, 16), nn.Linear(16, 4), nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.b(torch.relu(self.a(x))) * (torch.softmax(self.share, 0) @ self.share) * self.share[0].pow(2).mean(-1)
+        return found
+
+
+class Crossed(nn.Module):
+    """One weight that only reads the stream at one place, and only writes it at another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.own, self.head = (
+            nn.Embedding(WORDS, WIDTH),
+            nn.RMSNorm(WIDTH),
+            nn.Linear(WIDTH, WIDTH, False),
+            nn.Linear(WIDTH, 7),
+        )
+        self.last = nn.RMSNorm(WIDTH)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.a(ids)
+        x = x + self.own(torch.tanh(self.own(self.norm(x))))
+        found: Tensor = self.head(self.last(x))
+        return found
+
+
+def test_a_layer_that_writes_what_it_reads_is_turned_along_both_axes() -> None:
+    program = capture(made(Around), (IDS,))
+    turned, layers = turn(program)
+    assert set(layers) == {"a/embedding.0", "own/linear.0", "head/linear.0"}
+    assert decibels(answer(turned, IDS), answer(program, IDS)) > 110
+
+
+def test_wide_streams_in_half_precision() -> None:
+    class Half(nn.Module):
+        """Root mean square in floats, as language models have it."""
+
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(width) + 0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x.to(torch.float32)
+            return self.weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+    program = capture(Around(320, Half).bfloat16().eval(), (IDS,))
+    turned, layers = turn(program)
+    assert len(layers) == 3
+    assert decibels(answer(turned, IDS).float(), answer(program, IDS).float()) > 25
+
+
+def test_other_names_of_a_weight_go_with_it() -> None:
+    model = made(Decoder)
+    model.spare = nn.Linear(WIDTH, 8, bias=False)
+    model.spare.weight = model.v[0].weight  # type: ignore[index, union-attr]
+    program = capture(model, (IDS,))
+    turned, _ = turn(program)
+    assert turned.tensors["spare.weight"] is turned.tensors["v.0.weight"]
+    found = shohin.quantize(model, shohin.Data(train=[(IDS,)]), "w8a8")
+    assert found.model is not None and found.model.spare.weight is found.model.v[0].weight  # type: ignore[index, union-attr]
+
+
 class Told(nn.Module):
     """A decoder's first half that also gives its stream back."""
 
@@ -194,6 +312,11 @@ class Curved(nn.Module):
         (Told, IDS),
         (Shared, IDS),
         (Curved, IDS),
+        (Constant, IDS),
+        (Buffered, IDS),
+        (Whole, IDS),
+        (Crossed, IDS),
+        (Mixed, torch.randn(4, WIDTH)),
         (lambda: Vision(first=False), PHOTO),  # what is normalized goes on in the stream
         (lambda: nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 8)), torch.randn(4, WIDTH)),  # the caller's channels
         (lambda: nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(4, 8)),
@@ -212,11 +335,12 @@ def test_sparse_weights_and_silenced_channels_keep_their_channels() -> None:
             layer.weight[:, ::2] = 0  # type: ignore[index, operator]
     program = capture(pruned, (IDS,))
     assert turn(program)[1] == ()
-    silent = made(Vision)
-    with torch.no_grad():
-        silent.body.norm.weight[5] = 0.0  # type: ignore[union-attr, index, operator]
-    program = capture(silent, (PHOTO,))
-    assert turn(program)[1] == ()
+    for channels in (slice(5, 6), slice(None)):
+        silent = made(Vision)
+        with torch.no_grad():
+            silent.body.norm.weight[channels] = 0.0  # type: ignore[union-attr, index, operator]
+        program = capture(silent, (PHOTO,))
+        assert turn(program)[1] == ()
 
 
 def test_streams_that_no_rounded_layer_touches_stay_as_they_are() -> None:

@@ -10,7 +10,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import torch
 from torch import Tensor, fx
 
 from shohin.evidence.layers import LayerWeight
@@ -27,7 +26,7 @@ class Block:
     Args:
         nodes: the operations that depend on a rounded weight, in the program's order.
         entry: what they read of the blocks before; None for the first block.
-        targets: what later blocks or the model's outputs read of it.
+        targets: what later blocks or the model's outputs read of it, in floats.
         weights: of the layers in it, those that are rounded; first names.
         branches: whether a value is read beside a layer that stands between, as in a residual sum.
     """
@@ -101,6 +100,8 @@ def _block(moved: Sequence[fx.Node], start: int, stop: int, layers: dict[str, st
     targets = tuple(
         node for node in nodes if _is_float(node) and any(u not in inside and (u in every or u.op == "output") for u in node.users)
     )
+    if not targets:  # a model that gives back its decision: what that was made of
+        targets = tuple(node for node in nodes if _is_float(node) and any(u in inside and not _is_float(u) for u in node.users))
     names = dict.fromkeys(layers[node.name] for node in nodes if node.name in layers)
     return Block(nodes, entries[0] if entries else None, targets, tuple(names), _branches(nodes, layers))
 
@@ -123,4 +124,4 @@ def _size(block: Block, layers: Collection[str]) -> int:
 
 def _is_float(node: fx.Node) -> bool:
     value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+    return isinstance(value, Tensor) and value.is_floating_point()

@@ -33,8 +33,9 @@ def quantize_layers(
     """The program with each layer in its format.
 
     Args:
-        formats: layer address -> "int8" or "wXaY" (weights and activations), either with " dynamic" (linear layers), a weight scheme, or a floating-point or block format, in
-            simulation; address of an embedding -> the scheme of its table. What is absent stays float.
+        formats: layer address -> "int8" or "wXaY" (weights and activations), either with " dynamic" (linear layers), a weight scheme, or
+            a floating-point or block format, in simulation; address of an embedding -> the scheme of its table. What is absent stays
+            float.
         rounding: of the weight schemes, and of the weights of integer layers with less than 7 bits; see `quantize_weights`.
         ranges, least_scale: of the integer layers; see `quantize_program`.
         smoothing: of what integer layers read, see there; and let linear layers with weight schemes divide their inputs, see

@@ -159,7 +159,10 @@ def _passing(program: Program, moved: Sequence[fx.Node], inputs: tuple[Any, ...]
 def _fisher(
     program: Program, blocks: Sequence[Block], portion: _Portion, tensors: Mapping[str, Tensor], generator: torch.Generator
 ) -> dict[fx.Node, Tensor]:
-    """The mean square of the gradients of random combinations of the answers at every block's outputs, in the float program."""
+    """The mean square of the gradients of random combinations of the answers at every block's outputs, in the float program.
+
+    All alike where no answer is a float.
+    """
     values, ends = dict(portion.passing), [node for block in blocks for node in block.targets]
     with torch.enable_grad():
         for block in blocks:
@@ -169,7 +172,7 @@ def _fisher(
         leaves = (values.get(n) for n in pytree.tree_leaves(next(iter(reversed(program.graph.nodes))).args[0]) if isinstance(n, fx.Node))
         answers = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point() and x.requires_grad]
         reached = [values[node] for node in ends]
-        sums = [torch.zeros_like(x) for x in reached]
+        sums = [torch.zeros_like(x) if answers else torch.ones_like(x) for x in reached]
         for number in range(DIRECTIONS if answers else 0):
             signs = [torch.randint(0, 2, x.shape, generator=generator).to(x.dtype) * 2 - 1 for x in answers]
             direction = torch.stack([(x * s).sum() for x, s in zip(answers, signs, strict=True)]).sum()

@@ -1,4 +1,4 @@
-"""Channels mixed by an orthogonal matrix, so that no channel stands out: what layers write is turned, and turned back in the weights of those that read it.
+"""Channels mixed by an orthogonal matrix, so that none stands out: what layers write is turned, and turned back by those that read it.
 
 QuaRot (Ashkboos et al. 2024, 2404.00456, sections 3 and 4) and SpinQuant (Liu et al. 2024, 2405.16406, section 3.1), with the rotations
 that cost nothing in the file: of a residual stream between normalizations, and of the values in each head of attention. A normalization
@@ -30,13 +30,18 @@ SMALLEST = 1e-2
 #: fewest channels that are worth mixing
 LEAST = 8
 
+_CASTS = ("to", "_to_copy", "float", "type_as")
 _NORMS = frozenset(("layer_norm", "rms_norm"))
 _MOVES = IDENTITY | frozenset(
     (
         *("view", "reshape", "flatten", "unflatten", "transpose", "permute", "t", "unsqueeze", "squeeze", "slice", "select", "expand"),
-        *("repeat", "repeat_interleave", "cat", "mean", "to", "_to_copy", "float"),
+        *("repeat", "repeat_interleave", "cat", "mean", *_CASTS),
     )
 )
+
+
+Use = tuple[fx.Node, fx.Node]
+"""An operation, and the placeholder of a tensor that it reads."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +78,17 @@ class Stream:
     Args:
         size: channels.
         centred: a layer normalization reads them, which takes off the mean.
-        used: operation and placeholder of every tensor that takes the rotation, or goes into one that does.
+        turns: what takes the rotation -> operation and placeholder of each of its uses.
+        norms: what scales the channels on their way to layers.
+        scaled: the normalization and the placeholder of each gain and shift.
+        layers: addresses.
     """
 
     size: int
     centred: bool = False
-    turns: set[Turn] = field(default_factory=set)
+    turns: dict[Turn, set[Use]] = field(default_factory=dict)
     norms: list[Norm] = field(default_factory=list)
-    used: set[tuple[fx.Node, fx.Node]] = field(default_factory=set)
+    scaled: set[Use] = field(default_factory=set)
     layers: set[str] = field(default_factory=set)
 
 
@@ -173,10 +181,10 @@ def _seeds(program: Program) -> list[tuple[fx.Node, int]]:
             continue
         name = family(node)
         if name in _NORMS or (name == "pow" and _squared(node)):
-            found.append((argument(node, 0), shape_of(argument(node, 0))[-1]))
+            found.append(argument(node, 0))
         elif name == "scaled_dot_product_attention" or (name == "matmul" and _weighted(node)):
-            found.append((node, shape_of(node)[-1]))
-    return found
+            found.append(node)
+    return [(node, shape_of(node)[-1]) for node in found if shape_of(node)]
 
 
 def _weighted(node: fx.Node) -> bool:
@@ -224,8 +232,7 @@ def _made_of(program: Program, stream: Stream, node: fx.Node, axis: int) -> list
     if node.op == "placeholder":
         if node.name not in program.names:
             raise _Fixed  # the caller's
-        stream.turns.add(Turn(program.names[node.name], axis))
-        stream.used |= {(user, node) for user in node.users}
+        stream.turns.setdefault(Turn(_changeable(program, node), axis), set()).update((user, node) for user in node.users)
         return []
     if node.op != "call_function":
         raise _Fixed
@@ -241,7 +248,7 @@ def _made_of(program: Program, stream: Stream, node: fx.Node, axis: int) -> list
         source = argument(node, 2 if name != "matmul" else 1)
         return [(source, len(shape_of(source)) - 1)]
     if name in ("add", "sub", "mul", "div"):
-        return _operands(stream, node, axis, name in ("mul", "div"))
+        return _operands(node, axis, name in ("mul", "div"))
     if name in _MOVES:
         sources = [source for source in node.all_input_nodes if isinstance(source.meta.get("val"), Tensor)]
         for before in range(len(shape_of(sources[0]))):
@@ -270,7 +277,9 @@ def _read_by(program: Program, stream: Stream, user: fx.Node, node: fx.Node, axi
         _behind(program, stream, user, axis, gain, None)
         return []
     if name == "scaled_dot_product_attention" and [argument(user, i) is node for i in range(4)] == [False, False, True, False]:
-        return [(user, len(shape_of(user)) - 1)] if axis == last else _fixed()
+        if axis != last:
+            raise _Fixed
+        return [(user, len(shape_of(user)) - 1)]
     if name == "matmul" and argument(user, 1) is node and argument(user, 0) is not node and axis == last:
         return [(user, len(shape_of(user)) - 1)]
     if name in ("add", "sub", "mul", "div"):
@@ -278,10 +287,6 @@ def _read_by(program: Program, stream: Stream, user: fx.Node, node: fx.Node, axi
         return [(user, after)]  # what it is made of is looked at from there
     if name in _MOVES and (moved := _moved(user, axis, stream.size)) is not None:
         return [(user, moved)]
-    raise _Fixed
-
-
-def _fixed() -> list[tuple[fx.Node, int]]:
     raise _Fixed
 
 
@@ -299,12 +304,8 @@ def _behind(program: Program, stream: Stream, norm: fx.Node, axis: int, gain: An
                 waiting.append((user, moved))
             else:
                 raise _Fixed
-    names = []
-    for held in (gain, shift):
-        if held is not None and (not isinstance(held, fx.Node) or held.name not in program.names):
-            raise _Fixed
-        names.append(None if held is None else program.names[held.name])
-        stream.used |= set() if held is None else {(norm, held)}
+    names = [None if held is None else _changeable(program, held) for held in (gain, shift)]
+    stream.scaled |= {(norm, held) for held in (gain, shift) if held is not None}
     for reader in readers:
         _take(program, stream, reader, argument(reader, 1), 1, names[0])
     stream.norms.append(Norm(names[0], names[1], tuple(readers)))
@@ -328,17 +329,21 @@ def _reads(program: Program, user: fx.Node, node: fx.Node, axis: int) -> bool:
 def _take(program: Program, stream: Stream, node: fx.Node, held: Any, axis: int, gain: str | None = None) -> None:
     if held is None:
         return
-    if not isinstance(held, fx.Node) or held.name not in program.names:
-        raise _Fixed
-    name = program.names[held.name]
+    name = _changeable(program, held)
     if program.tensors[name].shape[axis] % stream.size:
         raise _Fixed
-    stream.turns.add(Turn(name, axis, gain))
-    stream.used.add((node, held))
+    stream.turns.setdefault(Turn(name, axis, gain), set()).add((node, held))
     stream.layers.add(program.origins[node.name].address)
 
 
-def _operands(stream: Stream, node: fx.Node, axis: int, factor: bool) -> list[tuple[fx.Node, int]]:
+def _changeable(program: Program, held: Any) -> str:
+    """The name of a parameter. Buffers may be absent from checkpoints, and constants have no place in the user's class: both stay."""
+    if not isinstance(held, fx.Node) or program.names.get(held.name) not in program.trainable:
+        raise _Fixed
+    return program.names[held.name]
+
+
+def _operands(node: fx.Node, axis: int, factor: bool) -> list[tuple[fx.Node, int]]:
     """The operands that hold the channels; a factor that is the same for all of them may stand beside."""
     found, rank = [], len(shape_of(node))
     for held in node.args[:2]:
@@ -359,6 +364,9 @@ def _moved(node: fx.Node, axis: int, size: int) -> int | None:
     The operation itself runs on the channels' numbers, which tells where they went.
     """
 
+    if family(node) in _CASTS:
+        return axis if node.meta["val"].dtype.is_floating_point else None
+
     def numbers(source: fx.Node) -> Any:
         value = source.meta.get("val")
         if not isinstance(value, Tensor):
@@ -366,8 +374,7 @@ def _moved(node: fx.Node, axis: int, size: int) -> int | None:
         shape = shape_of(source)
         if axis >= len(shape) or shape[axis] % size:
             raise _Fixed
-        line = torch.arange(shape[axis], dtype=torch.float32) % size
-        return line.reshape([-1 if i == axis else 1 for i in range(len(shape))]).expand(shape)
+        return _laid(torch.arange(shape[axis], dtype=torch.float32) % size, axis, len(shape)).expand(shape)
 
     try:
         found = run(node, fx.map_arg(node.args, numbers), fx.map_arg(node.kwargs, numbers))
@@ -383,15 +390,18 @@ def _moved(node: fx.Node, axis: int, size: int) -> int | None:
     return None
 
 
-def _check(program: Program, stream: Stream, readers: dict[int, list[tuple[fx.Node, fx.Node]]]) -> None:
-    """Raises _Fixed if something else reads a tensor of the stream, or the same one is read in two ways."""
-    ways: dict[int, set[tuple[int, str | None]]] = {}
-    for turn in stream.turns:
-        ways.setdefault(id(program.tensors[turn.name]), set()).add((turn.axis, turn.gain))
+def _check(program: Program, stream: Stream, readers: dict[int, list[Use]]) -> None:
+    """Raises _Fixed if something else reads a tensor of the stream, or two operations read the same axis in two ways."""
+    gains: dict[tuple[int, int], set[str | None]] = {}
+    uses: dict[tuple[int, int], set[Use]] = {}
+    for turn, used in stream.turns.items():
+        key = (id(program.tensors[turn.name]), turn.axis)
+        gains.setdefault(key, set()).add(turn.gain)
+        uses.setdefault(key, set()).update(used)
     held = {id(program.tensors[name]) for norm in stream.norms for name in (norm.gain, norm.shift) if name is not None}
-    if any(len(way) > 1 for way in ways.values()) or held & ways.keys():
+    if any(len(found) > 1 for found in gains.values()) or held & {key for key, _ in uses}:
         raise _Fixed
-    if any(not set(readers[key]) <= stream.used for key in ways.keys() | held):
+    if any(set(readers[key]) != used for (key, _), used in uses.items()) or any(not set(readers[key]) <= stream.scaled for key in held):
         raise _Fixed
     if not any(program.tensors[turn.name].dim() > 1 for turn in stream.turns):
         raise _Fixed
@@ -409,36 +419,46 @@ def _pruned(program: Program, stream: Stream) -> bool:
 def _silenced(program: Program, stream: Stream) -> bool:
     """True if a gain is so small that a shift behind it cannot be had from before it."""
     gains = [program.tensors[norm.gain].detach().abs() for norm in stream.norms if norm.gain is not None and norm.shift is not None]
-    return any(float(gain.min()) < SMALLEST * float(gain.max()) for gain in gains)
+    return any(not float(gain.min()) > SMALLEST * float(gain.max()) for gain in gains)
 
 
 def _turned(program: Program, stream: Stream, matrix: Tensor) -> dict[str, Tensor]:
-    """All tensors, those of a stream in its rotated channels."""
+    """All tensors, those of a stream in its rotated channels; tied ones stay tied."""
     tensors = dict(program.tensors)
-    changed = {turn.name: _along(_gained(tensors, turn), turn.axis, matrix) for turn in stream.turns}
+    changed: dict[int, Tensor] = {}
+    for turn in {
+        (id(tensors[turn.name]), turn.axis): turn for turn in stream.turns
+    }.values():  # both axes of a weight that writes what it reads
+        key = id(tensors[turn.name])
+        changed[key] = _along(_gained(changed.get(key, tensors[turn.name].detach().double()), turn, tensors), turn.axis, matrix)
     for norm in stream.norms:
         gain = None if norm.gain is None else tensors[norm.gain].detach().double()
         if norm.gain is not None:
-            changed[norm.gain] = torch.ones_like(tensors[norm.gain])
+            changed[id(tensors[norm.gain])] = torch.ones_like(tensors[norm.gain])
         if norm.shift is not None:
             shift = tensors[norm.shift].detach().double()
-            changed[norm.shift] = _along(shift if gain is None else shift / gain, 0, matrix)
-    by_id = {id(tensors[name]): value for name, value in changed.items()}
-    return {name: by_id[id(t)].to(t.dtype) if id(t) in by_id else t for name, t in tensors.items()}
+            changed[id(tensors[norm.shift])] = _along(shift if gain is None else shift / gain, 0, matrix)
+    kept = {id(t): changed[id(t)].to(t.dtype) for t in tensors.values() if id(t) in changed}
+    return {name: kept.get(id(t), t) for name, t in tensors.items()}
 
 
-def _gained(tensors: dict[str, Tensor], turn: Turn) -> Tensor:
-    value = tensors[turn.name].detach().double()
+def _gained(value: Tensor, turn: Turn, tensors: dict[str, Tensor]) -> Tensor:
     if turn.gain is None:
         return value
-    gain = tensors[turn.gain].detach().double()
-    return value * gain.repeat(value.shape[turn.axis] // len(gain)).reshape([-1 if i == turn.axis else 1 for i in range(value.dim())])
+    return value * _laid(
+        tensors[turn.gain].detach().double().repeat(value.shape[turn.axis] // len(tensors[turn.gain])), turn.axis, value.dim()
+    )
+
+
+def _laid(line: Tensor, axis: int, rank: int) -> Tensor:
+    """A vector along one axis of a tensor."""
+    return line.reshape([-1 if i == axis else 1 for i in range(rank)])
 
 
 def _along(value: Tensor, axis: int, matrix: Tensor) -> Tensor:
     """Every block of channels of an axis times the matrix."""
     moved = value.movedim(axis, -1)
-    return (torch.unflatten(moved, -1, (-1, len(matrix))) @ matrix).flatten(-2).movedim(-1, axis)
+    return (torch.unflatten(moved, -1, (-1, len(matrix))) @ matrix.to(value.device)).flatten(-2).movedim(-1, axis)
 
 
 def _untied(program: Program) -> tuple[Program, tuple[str, ...]]:

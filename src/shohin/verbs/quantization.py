@@ -54,10 +54,11 @@ def quantize(
 
     Args:
         format: "int8" for every convolution and linear layer, or "wXaY" with 2 to 8 bits for weights and for activations ("w4a8"); either
-            with " dynamic" for linear layers that round their input in the range that it has itself, without data ("int8 dynamic"); a weight
-            scheme such as "weights int4 group 32" or "weights uint4 group 32" for every layer that the target has a kernel for (2 to 8
-            bits; "uint" formats have zero points); with ``target=None`` a floating-point or block format ("bf16", "e4m3", "mxfp4"...); or patterns of layer addresses to these or "float32": the last pattern that matches a
-            layer decides. A pattern that matches nothing is an error.
+            with " dynamic" for linear layers that round their input in the range that it has itself, without data ("int8 dynamic"); a
+            weight scheme such as "weights int4 group 32" or "weights uint4 group 32" for every layer that the target has a kernel for (2
+            to 8 bits; "uint" formats have zero points); with ``target=None`` a floating-point or block format ("bf16", "e4m3",
+            "mxfp4"...); or patterns of layer addresses to these or "float32": the last pattern that matches a layer decides. A pattern
+            that matches nothing is an error.
         target: whose rules the grids follow (pair-safe scales where its kernels saturate). None: no runtime; any format is simulated.
         budget: bounds that the file keeps, such as "size <= 12 MB, latency <= 60 %": the formats with the least loss under it, planned
             exactly on tables of what each layer loses, of bytes, and of milliseconds fitted to files that were timed, and held against the
@@ -72,10 +73,12 @@ def quantize(
             schemes, there to round finely what large activations multiply (AWQ, Lin et al. 2023), with "gptq", "adaround",
             "descent" and "blocks".
         equalize: make channels of an activation alike that a layer makes and only layers read, by factors that these layers' weights take
-            (cross-layer equalization, Nagel et al. 2019), where all of them compute on integers. On the calibration data floats stay the same.
-        rotate: mix the channels of residual streams, and of the values in attention, by an orthogonal matrix that the weights around them take,
-            so that none stands out (QuaRot, Ashkboos et al. 2024): transformers with their normalization before attention. Floats stay the
-            same, and the file computes nothing more. None: around layers with integer activations; True: around all that are not left float.
+            (cross-layer equalization, Nagel et al. 2019), where all of them compute on integers. On the calibration data floats stay the
+            same.
+        rotate: mix the channels of residual streams, and of the values in attention, by an orthogonal matrix that the weights around them
+            take, so that none stands out (QuaRot, Ashkboos et al. 2024): transformers with their normalization before attention. What
+            ``forward`` gives in evaluation stays the same (what else the class offers, or does in training alone, need not), and the file
+            computes nothing more. None: around layers with integer activations; True: around all that are not left float.
         rounding: of weights beside float activations, and of those with less than 7 bits beside integers: "nearest" and "hqq" (neither
             needs data), "gptq", "adaround", "descent" (GPTQ, then scales and codes in turn), "blocks" (then codes, scales and biases of
             several layers together, by what a residual block or half a transformer layer gives), or "auto": "descent" where ``data`` has
