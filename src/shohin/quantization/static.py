@@ -28,8 +28,10 @@ from shohin.quantization.smoothing import GAIN, ROWS, Channels, read_as_floats, 
 LeastScale = Callable[[Tensor, int], Tensor]
 
 
-#: scales that are tried for each output of a weight, and where only factors are chosen by them
-STEPS, ROUGHLY = 40, 10
+#: scales that are tried for each output of a weight
+STEPS = 40
+#: the same, where no more than factors are chosen by them
+ROUGHLY = 10
 
 
 def quantize_program(
