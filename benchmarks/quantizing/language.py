@@ -7,11 +7,9 @@ float model's).
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,13 +21,11 @@ import torch
 import shohin
 from quantizing.decoders import SMALL, LanguageModel, small
 from quantizing.onnx_text import few_bits, onnx_file, session
+from quantizing.rows import Run, Sheet
 from quantizing.tasks import TASKS, Answers, Task, answers, packed
 from quantizing.weights import GROUP, NNCF, TORCH, scheme_bytes
-from records import HERE, Record, interpreter
-from shohin.run import write_atomic
+from records import Record, interpreter
 
-RESULTS, TABLE = HERE / "quantization_language.json", HERE / "quantization_language.md"
-OURS, SHARE = "shohin: descent", 0.9
 LAYERS = 7 * SMALL.layers + 1
 WEIGHTS = SMALL.layers * (2 * SMALL.width**2 * (1 + SMALL.pairs / SMALL.heads) + 3 * SMALL.width * SMALL.hidden) + SMALL.width * SMALL.words
 
@@ -90,19 +86,8 @@ def rows(task: Task, folder: Path) -> dict[str, Callable[[], Found]]:
     return found
 
 
-def verdict(records: Sequence[Record]) -> Record:
-    """Shohin's default beside the best peer."""
-    mine = next((r for r in records if r["name"] == OURS), None)
-    peers = [r for r in records if not r["name"].startswith("shohin")]
-    if mine is None or not peers:
-        return {}
-    best = min(peers, key=lambda r: float(r["judged"]["divergence"]))
-    ratio = mine["judged"]["divergence"] / best["judged"]["divergence"]
-    return {"best_peer": best["name"], "ratio": ratio, "demanded": SHARE, "met": ratio <= SHARE}
-
-
-def table(whole: Record, records: Sequence[Record]) -> str:
-    """Markdown, the smallest divergence first."""
+def text(whole: Record, records: Sequence[Record]) -> list[str]:
+    """Lines of Markdown."""
     lines = [
         f"A Llama-like model of {whole['parameters'] / 1e6:.1f} million parameters that reads bytes ({whole['nats']:.3f} nats for each held-out "
         f"byte as it comes). {LAYERS} linear layers with 4-bit weights in groups of {GROUP}; nothing is trained.",
@@ -110,42 +95,29 @@ def table(whole: Record, records: Sequence[Record]) -> str:
         "| method | bytes of the weights | divergence, millinats | more loss, millinats | same next byte | processor seconds |",
         "|---|---|---|---|---|---|",
     ]
-    for r in sorted(records, key=lambda r: float(r["judged"]["divergence"])):
+    for r in records:
         judged = r["judged"]
         figures = f"{1000 * judged['divergence']:.2f} | {1000 * judged['nats_drop']:+.2f} | {judged['agree']:.4f}"
         lines.append(f"| {r['name']} | {r['bytes'] / 1e6:.2f} MB | {figures} | {r['seconds']:.0f} |")
-    if found := verdict(records):
-        said = "met" if found["met"] else "not met"
-        lines += ["", f"- {OURS}: {found['ratio']:.2f}x the divergence of the best peer ({found['best_peer']}), demanded {SHARE}: {said}"]
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+SHEET = Sheet("language", "shohin: descent", lambda r: float(r["judged"]["divergence"]), "divergence", 0.9, text)
+
+
+def begun(folder: Path) -> tuple[Record, dict[str, Run]]:
+    """The model's own figures, and what makes each row."""
+    task = TASKS["decoder"]()
+    wanted = answers(small(), task.asked())
+
+    def record(run: Callable[[], Found]) -> Record:
+        found, seconds, size = run()
+        return {"seconds": round(seconds, 1), "bytes": size, "judged": task.judge(found, wanted)}
+
+    whole = {"parameters": sum(p.numel() for p in LanguageModel(SMALL).parameters()), "nats": task.judge(wanted, wanted)["nats"]}
+    return whole, {name: partial(record, run) for name, run in rows(task, folder).items()}
 
 
 def main(arguments: list[str]) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="quantization language", description=__doc__)
-    parser.add_argument("--rows", nargs="+", default=None, help="names, or beginnings of names; all others stay as they were")
-    parser.add_argument("--show", action="store_true", help="only what is known already")
-    given = parser.parse_args(arguments)
-    held = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {"whole": {}, "records": []}
-    if given.show:
-        print(table(held["whole"], held["records"]))
-        return 0
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    task = TASKS["decoder"]()
-    wanted = answers(small(), task.asked())
-    own = task.judge(wanted, wanted)
-    whole = {"parameters": sum(p.numel() for p in LanguageModel(SMALL).parameters()), "nats": own["nats"]}
-    records = {r["name"]: r for r in held["records"]}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, run in rows(task, Path(folder)).items():
-            if given.rows is not None and not any(name.startswith(row) for row in given.rows):
-                continue
-            found, seconds, size = run()
-            records[name] = {"name": name, "seconds": round(seconds, 1), "bytes": size, "judged": task.judge(found, wanted)}
-            print(name, f"divergence {records[name]['judged']['divergence']:.6f} nats, {seconds:.0f} s", flush=True)
-            ordered = list(records.values())
-            write_atomic(RESULTS, (json.dumps({"whole": whole, "verdict": verdict(ordered), "records": ordered}, indent=1) + "\n").encode())
-            write_atomic(TABLE, table(whole, ordered).encode())
-    print(TABLE.read_text("utf-8"))
-    return 0
+    return SHEET.main(arguments, __doc__, begun)

@@ -6,11 +6,9 @@ texts move is the figure; WordSim-353 and the Lee news texts are looked at for t
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,15 +24,11 @@ from cutting.texts import TEXTS, Judges, calibration, moved
 from distilling.corpus import file, texts
 from distilling.minilm import embed, evaluated, load_teacher
 from quantizing.onnx_text import Vectors, captured, exported, few_bits, in_onnxruntime
+from quantizing.rows import Run, Sheet
 from quantizing.tasks import packed
-from records import HERE, Record, interpreter
-from shohin.run import write_atomic
+from records import Record, interpreter
 
 GROUP = 32
-RESULTS, TABLE = HERE / "quantization_weights.json", HERE / "quantization_weights.md"
-#: what the project demands: of the best peer's squared error, at equal bytes
-SHARE = 0.9
-OURS = "shohin: descent, uint4"
 TORCH = ("neural compressor: nearest", "neural compressor: hqq", "neural compressor: gptq", "torchao: nearest", "torchao: hqq")
 NNCF = ("plain", "awq", "scale estimation", "gptq", "awq, scale estimation, gptq")
 
@@ -135,19 +129,8 @@ def rows(teacher: nn.Module, data: shohin.Data, folder: Path, asked: Sequence[An
     return found
 
 
-def verdict(records: Sequence[Record]) -> Record:
-    """Shohin's default beside the best peer."""
-    mine = next((r for r in records if r["name"] == OURS), None)
-    peers = [r for r in records if not r["name"].startswith("shohin")]
-    if mine is None or not peers:
-        return {}
-    best = min(peers, key=lambda r: float(r["held_out"]["squared"]))
-    ratio = mine["held_out"]["squared"] / best["held_out"]["squared"]
-    return {"best_peer": best["name"], "ratio": ratio, "demanded": SHARE, "met": ratio <= SHARE}
-
-
-def table(whole: Record, records: Sequence[Record]) -> str:
-    """Markdown, the smallest error first."""
+def text(whole: Record, records: Sequence[Record]) -> list[str]:
+    """Lines of Markdown."""
     lines = [
         f"MiniLM as it comes: rank correlation with people {whole['words']:.4f} (WordSim-353), {whole['news']:.4f} (Lee). 36 linear layers "
         f"with 4-bit weights in groups of {GROUP}; nothing is trained.",
@@ -155,49 +138,37 @@ def table(whole: Record, records: Sequence[Record]) -> str:
         "| method | bytes of the 36 weights | held-out texts: squared error | 1 - cosine | WordSim-353: drop | 95 % interval | Lee: drop | 95 % interval | processor seconds |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for r in sorted(records, key=lambda r: float(r["held_out"]["squared"])):
+    for r in records:
         cells = [r["name"], f"{r['bytes'] / 1e6:.2f} MB", f"{r['held_out']['squared']:.4f}", f"{r['held_out']['turned']:.4f}"]
         for name in ("words", "news"):
             low, high = r["people"][name]["interval"]
             cells += [f"{r['people'][name]['drop']:+.4f}", f"{low:+.3f} to {high:+.3f}"]
         lines.append(f"| {' | '.join(cells)} | {r['seconds']:.0f} |")
-    if found := verdict(records):
-        said = "met" if found["met"] else "not met"
-        lines += ["", f"- {OURS}: {found['ratio']:.2f}x the error of the best peer ({found['best_peer']}), demanded {SHARE}: {said}"]
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+#: the project demands 0.9 of the best peer's squared error, at equal bytes
+SHEET = Sheet("weights", "shohin: descent, uint4", lambda r: float(r["held_out"]["squared"]), "error", 0.9, text)
+
+
+def begun(folder: Path) -> tuple[Record, dict[str, Run]]:
+    """MiniLM's own figures, and what makes each row."""
+    teacher, (_, held), data = load_teacher(), texts(), calibration(TEXTS)
+    wanted, judges = {name: embed(teacher, lines) for name, lines in held.items()}, Judges.of(teacher)
+    best = judges.whole.figures()
+    asked = _Asked()
+    moved(asked, wanted, held)
+    evaluated(asked)
+
+    def record(run: Callable[[], Found]) -> Record:
+        model, seconds, size = run()
+        judged = {"held_out": moved(model, wanted, held), "people": judges.drop(evaluated(model))}
+        return {"seconds": round(seconds, 1), "bytes": size, **judged}
+
+    found = {name: partial(record, run) for name, run in rows(teacher, data, folder, asked.batches).items()}
+    return {"words": best.words, "news": best.news}, found
 
 
 def main(arguments: list[str]) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="quantization weights", description=__doc__)
-    parser.add_argument("--rows", nargs="+", default=None, help="names, or beginnings of names; all others stay as they were")
-    parser.add_argument("--show", action="store_true", help="only what is known already")
-    given = parser.parse_args(arguments)
-    held_records = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {"whole": {}, "records": []}
-    if given.show:
-        print(table(held_records["whole"], held_records["records"]))
-        return 0
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    teacher, (_, held), data = load_teacher(), texts(), calibration(TEXTS)
-    wanted, judges = {name: embed(teacher, lines) for name, lines in held.items()}, Judges.of(teacher)
-    best = judges.whole.figures()
-    whole = {"words": best.words, "news": best.news}
-    asked = _Asked()
-    moved(asked, wanted, held)
-    evaluated(asked)
-    records = {r["name"]: r for r in held_records["records"]}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, run in rows(teacher, data, Path(folder), asked.batches).items():
-            if given.rows is not None and not any(name.startswith(row) for row in given.rows):
-                continue
-            model, seconds, size = run()
-            record = {"name": name, "seconds": round(seconds, 1), "bytes": size}
-            record |= {"held_out": moved(model, wanted, held), "people": judges.drop(evaluated(model))}
-            print(name, f"squared error {record['held_out']['squared']:.5f}, {seconds:.0f} s", flush=True)
-            records[name] = record
-            ordered = list(records.values())
-            write_atomic(RESULTS, (json.dumps({"whole": whole, "verdict": verdict(ordered), "records": ordered}, indent=1) + "\n").encode())
-            write_atomic(TABLE, table(whole, ordered).encode())
-    print(TABLE.read_text("utf-8"))
-    return 0
+    return SHEET.main(arguments, __doc__, begun)
