@@ -32,7 +32,7 @@ def test_second_order_codes_lose_less_and_files_hold_them(net: str, form: str, t
     torch.manual_seed(0)
     model = make().eval()
     data = shohin.Data(train=[torch.randn(16, *shape) for _ in range(8)])
-    x, errors = torch.randn(64, *shape), {}
+    x, errors = torch.randn(512, *shape), {}
     for rounding in ("nearest", "auto"):
         found = shohin.quantize(model, data, form, rounding=rounding)
         assert found.view is not None
