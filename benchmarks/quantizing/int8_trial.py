@@ -19,7 +19,7 @@ from torch import nn
 
 import shohin
 from quantizing.costs import Costs
-from quantizing.integers import DYNAMIC, FOLDER, OUR_DYNAMIC, runtime
+from quantizing.integers import DYNAMIC, FOLDER, OUR_DYNAMIC, PATTERNS, runtime
 from quantizing.onnx_text import onnx_file
 from quantizing.tasks import TASKS, Batch, data
 
@@ -73,8 +73,9 @@ def onnxruntime(source: Path, batches: Sequence[Batch], method: str, path: Path)
 
 
 def ours(model: nn.Module, known: shohin.Data, method: str) -> shohin.Candidate:
-    """Shohin, with its defaults."""
-    return shohin.quantize(model, known, "int8 dynamic" if method == OUR_DYNAMIC else "int8", runtime(method))
+    """Shohin, with its defaults, or the formats of a pattern."""
+    plain = "int8 dynamic" if method == OUR_DYNAMIC else "int8"
+    return shohin.quantize(model, known, PATTERNS.get(method, plain), runtime(method))
 
 
 def main() -> None:
@@ -89,7 +90,7 @@ def main() -> None:
     task = TASKS[name]()
     mine = method.startswith("shohin")
     if mine:
-        ours(small, shohin.Data(train=little), method)
+        ours(small, shohin.Data(train=little), OUR_DYNAMIC if method in PATTERNS else method)
         model, known = task.model(), data(task)
         run = lambda: ours(model, known, method)  # noqa: E731
     else:
