@@ -25,6 +25,7 @@ from ai_edge_litert.interpreter import Interpreter
 from ai_edge_quantizer import calibrator, quantizer, recipe, recipe_manager
 from ai_edge_quantizer.utils import qsv_utils
 
+from quantizing.archives import batches
 from quantizing.costs import Costs
 
 RECIPES = {
@@ -75,12 +76,8 @@ def _encoded(value: np.ndarray, details: dict) -> np.ndarray:
 
 def samples(path: Path) -> list[Sample]:
     """The samples of an npz of batches, one by one."""
-    held, batches = np.load(path), {}
-    for name in held.files:
-        number, _, own = name.partition(":")
-        batches.setdefault(int(number), {})[own] = held[name]
     rows = []
-    for _, batch in sorted(batches.items()):
+    for batch in batches(path):
         rows += [{name: t[i : i + 1] for name, t in batch.items()} for i in range(len(next(iter(batch.values()))))]
     return rows
 

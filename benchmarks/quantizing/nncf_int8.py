@@ -13,20 +13,12 @@ import numpy as np
 import onnx
 import openvino as ov
 import torch
+from archives import batches
 from costs import Costs
 from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix
 
 ADVANCED = {"nncf: openvino, overflow fix": AdvancedQuantizationParameters(overflow_fix=OverflowFix.ENABLE)}
 CPU = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
-
-
-def batches(path: Path) -> list[dict[str, np.ndarray]]:
-    """The batches of an npz, in order."""
-    held, out = np.load(path), {}
-    for name in held.files:
-        number, _, own = name.partition(":")
-        out.setdefault(int(number), {})[own] = held[name]
-    return [out[i] for i in sorted(out)]
 
 
 def tiny() -> tuple[torch.nn.Module, list[dict[str, np.ndarray]]]:

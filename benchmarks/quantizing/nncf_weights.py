@@ -13,6 +13,7 @@ import nncf
 import numpy as np
 import openvino as ov
 import torch
+from archives import batches
 
 #: as its documentation offers them; the last is all of them together
 WAYS = {
@@ -22,15 +23,6 @@ WAYS = {
     "gptq": {"gptq": True},
     "awq, scale estimation, gptq": {"awq": True, "scale_estimation": True, "gptq": True},
 }
-
-
-def batches(path: str) -> list[dict[str, np.ndarray]]:
-    """The batches of an npz, in order."""
-    held, out = np.load(path), {}
-    for name in held.files:
-        number, _, own = name.partition(":")
-        out.setdefault(int(number), {})[own] = held[name]
-    return [out[i] for i in sorted(out)]
 
 
 def main() -> None:

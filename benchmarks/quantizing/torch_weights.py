@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from archives import batches
 from neural_compressor.torch.quantization import GPTQConfig, HQQConfig, RTNConfig, convert, prepare
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -35,13 +36,9 @@ TORCHAO = {
 }
 
 
-def batches(path: str) -> list[dict[str, torch.Tensor]]:
+def tensors(path: str) -> list[dict[str, torch.Tensor]]:
     """The batches of an npz, in order."""
-    held, out = np.load(path), {}
-    for name in held.files:
-        number, _, own = name.partition(":")
-        out.setdefault(int(number), {})[own] = torch.from_numpy(held[name])
-    return [out[i] for i in sorted(out)]
+    return [{name: torch.from_numpy(value) for name, value in batch.items()} for batch in batches(path)]
 
 
 def embedded(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> np.ndarray:
@@ -86,12 +83,12 @@ def main() -> None:
         quantize_(model, TORCHAO[way])
     else:
         model = prepare(model, COMPRESSOR[way])
-        for batch in batches(learned) if way.endswith("gptq") else ():
+        for batch in tensors(learned) if way.endswith("gptq") else ():
             with contextlib.suppress(ValueError):  # with which it stops a forward pass once it has what it wants
                 model(**batch)
         model = convert(model)
     seconds = time.process_time() - began
-    np.savez(out, **{f"v{i}": answer(model, batch) for i, batch in enumerate(batches(asked))})
+    np.savez(out, **{f"v{i}": answer(model, batch) for i, batch in enumerate(tensors(asked))})
     print(json.dumps({"seconds": round(seconds, 1)}))
 
 

@@ -30,22 +30,20 @@ MODELS = ("smartwatch", "resnet20", "mobilenetv2", "efficientnet_lite0", "minilm
 RUN = """
 import sys
 import numpy as np
+from archives import batches
 kind, place, path, out = sys.argv[1:]
-held, batches = np.load(place), {}
-for name in held.files:
-    number, _, own = name.partition(":")
-    batches.setdefault(int(number), {})[own] = held[name]
+asked = batches(place)
 if kind == "openvino":
     import openvino as ov
     core = ov.Core()
     model = core.compile_model(path, "CPU", {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"})
-    found = [model(batches[i])[0] for i in sorted(batches)]
+    found = [model(batch)[0] for batch in asked]
 else:
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    found = [session.run(None, batches[i])[0] for i in sorted(batches)]
+    found = [session.run(None, batch)[0] for batch in asked]
 np.save(out, np.concatenate(found))
 """
 
@@ -55,7 +53,7 @@ def answered(folder: Path, path: Path, kind: str) -> np.ndarray[Any, Any] | str:
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "out.npy"
         command = [str(Path(sys.executable).resolve()), "-c", RUN, kind, str(folder / "asked.npz"), str(path), str(out)]
-        variables = {**os.environ, "PYTHONPATH": str(Path(np.__file__).parents[1])}
+        variables = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (Path(np.__file__).parents[1], Path(__file__).parent)))}
         if kind == "openvino":
             variables["ONEDNN_MAX_CPU_ISA"] = "AVX2"
         else:

@@ -190,7 +190,7 @@ def _seeds(program: Program) -> list[tuple[fx.Node, int]]:
 def _weighted(node: fx.Node) -> bool:
     """True for a product with what softmax gives."""
     source: Any = argument(node, 0)
-    while source.op == "call_function" and (family(source) in IDENTITY or family(source) in ("to", "_to_copy")):
+    while source.op == "call_function" and family(source) in (*IDENTITY, *_CASTS):
         source = source.args[0]
     return source.op == "call_function" and family(source) in ("softmax", "_softmax")
 
